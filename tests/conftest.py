@@ -1,0 +1,82 @@
+"""Shared by the tests: the built site, a book of one tiny chapter, and a guard over tracked files."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.execute import execute
+from tools.layout import ROOT, Chapter, chapters, stage
+from tools.render import render
+
+TINY = """\
+# %% [markdown]
+# # Tiny
+# It weighs $s \\cdot q$.
+
+# %% mystnb={"image": {"alt": "A line that rises"}} tags=["readme-figure"]
+import json, os
+import matplotlib.pyplot as plt
+plt.plot([1, 2])
+plt.show()
+
+# %%
+parts = ["python", "torch", "torchao", "transformers", "device", "cpu", "threads"]
+result = {"chapter": "01_tiny", "environment": dict.fromkeys(parts, ""), "seconds": 1, "peak_memory_mb": 1}
+result |= {"metrics": {"speed/tiny": {"value": 2, "unit": "ratio"}}, "claims": []}
+with open(os.environ["QFT_RESULTS_DIR"] + "/01_tiny.json", "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture
+def tiny_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a book with one chapter, one page and the real configuration."""
+    monkeypatch.delenv("FORCE", raising=False)
+    for name in ("_config.yml", "requirements.lock", "requirements-assets.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("notebooks", "qft_utils", "results", "book"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "notebooks" / "01_tiny.py").write_text(TINY)
+    (tmp_path / "qft_utils" / "__init__.py").write_text("")
+    (tmp_path / "book" / "references.bib").write_text("")
+    (tmp_path / "book" / "index.md").write_text("# Home\n\n[Tiny](../notebooks/01_tiny.ipynb), $x^2$\n")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/index\nchapters:\n- file: notebooks/01_tiny\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tiny_book: Path) -> Chapter:
+    """The one chapter of `tiny_book`."""
+    return chapters(tiny_book)[0]
+
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    """The folder of the site, built from the last run of every chapter, which it executes if need be."""
+    for chapter in chapters(ROOT):
+        execute(chapter, force=False)  # FORCE=1 has had its run in test_chapters.py
+    return render(ROOT, stage(ROOT) / "test_site", executed=True)
+
+
+def _tree() -> str:
+    """What git sees: names of changed and new files, and the content of the tracked ones."""
+    status = ["git", "-C", str(ROOT), "status", "--porcelain"]
+    diff = ["git", "-C", str(ROOT), "diff", "--no-ext-diff"]
+    done = [subprocess.run(command, capture_output=True, text=True) for command in (status, diff)]
+    return "".join(command.stdout for command in done)  # empty where there is no git: nothing is tracked
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tracked_files_stay():
+    """`make test` sets QFT_TREE_STAYS: whatever the tests did, the working tree is as it was."""
+    if os.environ.get("QFT_TREE_STAYS") != "1":
+        yield
+        return
+    before = _tree()
+    yield
+    assert _tree() == before, "the tests changed the working tree: see `git status`; write into .stage"

@@ -1,0 +1,1 @@
+"""Builds and publishes the book. Knows its files; imports neither torch nor qft_utils."""
