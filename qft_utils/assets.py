@@ -7,13 +7,12 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 
 from qft_utils.asset_table import ASSETS, PACKAGED, Asset
@@ -97,11 +97,21 @@ def _fashion_mnist(asset: Asset) -> Path:
     for file in asset.files:
         packed = DEBIAN_FASHION_MNIST / f"{file}.gz"
         if not (folder / file).exists() and packed.exists():
-            partial = folder / f"{file}.{os.getpid()}.part"
-            with gzip.open(packed) as source, partial.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            partial.replace(folder / file)
+            with _whole_or_not(folder / file) as partial, gzip.open(packed) as source:
+                with partial.open("wb") as target:
+                    shutil.copyfileobj(source, target)
     return folder
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the name `path` when all is written, and is removed if that fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fetch() -> None:
@@ -156,13 +166,11 @@ def recipe_key(name: str) -> str:
 
 def keep(name: str, model: torch.nn.Module, seconds: float) -> Path:
     """Stores a model that a chapter has just trained, with what it cost, where `trained(name)` will find it."""
-    folder = _trained_folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    save_model(model, str(partial / "model.safetensors"))
-    (partial / "cost.json").write_text(json.dumps({"seconds": seconds}))
-    shutil.rmtree(folder, ignore_errors=True)
-    return partial.replace(folder)
+    path = _trained_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _whole_or_not(path) as partial:  # one file for both, so that there is nothing between the old and the new
+        save_model(model, str(partial), metadata={"seconds": repr(seconds)})
+    return path
 
 
 def trained(name: str) -> Trained:
@@ -170,12 +178,13 @@ def trained(name: str) -> Trained:
 
     Raises ValueError for a name without a recipe, MissingAsset where its data is not here.
     """
-    recipe, folder = _recipe(name), _trained_folder(name)
+    recipe, path = _recipe(name), _trained_file(name)
     module = importlib.import_module(recipe.module)
-    if (folder / "cost.json").exists():
+    if path.exists():
         model = module.build()
-        load_model(model, str(folder / "model.safetensors"))
-        return Trained(model.eval(), json.loads((folder / "cost.json").read_text())["seconds"], False)
+        load_model(model, str(path))
+        with safe_open(path, "pt") as file:
+            return Trained(model.eval(), float(file.metadata()["seconds"]), False)
     print(f"{name} is not in the cache: training it now")
     start = time.perf_counter()
     model = module.train()
@@ -190,8 +199,8 @@ def _recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def _trained_folder(name: str) -> Path:
-    return cache_dir() / "trained" / f"{name}-{recipe_key(name)}"
+def _trained_file(name: str) -> Path:
+    return cache_dir() / "trained" / f"{name}-{recipe_key(name)}.safetensors"
 
 
 def _status() -> Iterator[str]:

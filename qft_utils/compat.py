@@ -7,6 +7,7 @@ while it is being imported are declared here, without an implementation. Where t
 """
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -41,7 +42,15 @@ def declare_missing_torchvision_ops() -> bool:
     return True
 
 
+def hush(logger: str, notice: str) -> None:
+    """Drops the log records of `logger` that hold `notice`, and no others."""
+    logging.getLogger(logger).addFilter(lambda record: notice not in record.getMessage())
+
+
 declare_missing_torchvision_ops()
+# What one library says to another at import time, and no reader can act on.
+hush("torchao", "Skipping import of cpp extensions")
+hush("torch.utils._pytree", "Calling register_constant() on Enum subclasses")
 if not torch.cuda.is_available():
     # torchao warns at every import that its compiled files, which a CPU does not need here, were not loaded.
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")

@@ -57,9 +57,10 @@ class Metric:
             return round_to(number * factor, place)
 
         shown = digits(self.value) + suffix
-        if spec == "ci" and self.low is not None and self.high is not None:
-            shown += f" [{digits(self.low)}, {digits(self.high)}]"
-        elif spec == "ci" and self.tolerance is not None:
+        ends = [digits(end) for end in (self.low, self.high) if end is not None]
+        if spec == "ci" and len({digits(self.value), *ends}) > 1:  # else the digits hide the interval: it says nothing
+            shown += f" [{', '.join(ends)}]"
+        elif spec == "ci" and not ends and self.tolerance is not None:
             shown += f" ± {digits(self.tolerance)}"
         return shown
 

@@ -1,11 +1,13 @@
 """The book's pretrained models by name: packaged ones from `assets`, others through the libraries' own loading."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +26,29 @@ LITE0_WEIGHTS = "efficientnet-lite0-57934424.pth"
 def _text_source(name: str) -> Path | str:
     """A folder for a packaged model, the hub's name for one that comes from a hub."""
     return assets.locate(name) if assets.lookup(name).files else name
+
+
+def _from_pretrained(auto: type, name: str, **options: int) -> Any:
+    """What `auto` loads: from the package, else from the hub's cache, else from the hub if it answers.
+
+    Left to itself, `from_pretrained` asks the hub about each file, cached or not, and offline tries for a minute.
+    """
+    source = _text_source(name)
+    try:
+        with suppress(OSError):
+            return auto.from_pretrained(source, local_files_only=True, **options)
+        _ask_hub()
+        return auto.from_pretrained(source, **options)
+    except OSError as error:
+        raise assets.missing(assets.lookup(name), "it is not in the hub's cache, and no hub answers") from error
+
+
+def _ask_hub() -> None:
+    """Raises ConnectionError where no hub answers: one request, not tried again."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # its class depends on the HTTP library that this huggingface_hub uses
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {error}") from error
 
 
 @contextmanager
@@ -45,22 +70,14 @@ def load_encoder(
     The head's weights are drawn from torch's generator: seed it first. Raises MissingAsset, with the command that
     brings the model, where it is neither packaged nor in the hub's cache nor to be downloaded.
     """
-    source = _text_source(name)
-    try:
-        with _quietly():
-            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels)
-        return model, AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise assets.missing(assets.lookup(name), "it is not in the hub's cache, and no hub answers") from error
+    with _quietly():
+        model = _from_pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels)
+    return model, _from_pretrained(AutoTokenizer, name)
 
 
 def load_causal_lm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained causal language model from a hub and its tokenizer; raises MissingAsset as `load_encoder` does."""
-    source = _text_source(name)
-    try:
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise assets.missing(assets.lookup(name), "it is not in the hub's cache, and no hub answers") from error
+    return _from_pretrained(AutoModelForCausalLM, name), _from_pretrained(AutoTokenizer, name)
 
 
 def load_cnn(name: str = "efficientnet_lite0") -> nn.Module:

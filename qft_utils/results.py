@@ -79,8 +79,8 @@ def metric(
     high: float | None = None,
     tolerance: float | None = None,
     source: str = "this run",
-) -> float:
-    """Record one measured number and return it.
+) -> None:
+    """Record one measured number.
 
     `name` is "quantity/of_what". `low` and `high` bound an interval; `tolerance` says how far an honest
     re-run may land. All are in `unit`, one of `formatting.UNITS`: a "fraction" is 0.84 and prints as 84 %,
@@ -99,7 +99,6 @@ def metric(
     made = Metric(**plain, unit=unit, source=source)
     _check(name, made)
     record.metrics[name] = made
-    return made.value
 
 
 def recorded(name: str) -> Metric:

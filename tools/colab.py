@@ -22,6 +22,8 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
+from tools.plain_roles import plain
+
 PACKAGE = "qft_utils"
 ALWAYS = ("torchao",)  # Colab has 0.10, on which peft refuses to load
 NEVER = frozenset({"torch", "torchvision", "transformers"})  # Colab's builds fit its drivers
@@ -136,6 +138,9 @@ def self_contained(root: Path, notebook: NotebookNode, needs: dict[str, list[str
     """A copy of an executed notebook that runs without the repository; it keeps its outputs."""
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     copy = nbformat.from_dict(json.loads(json.dumps(notebook)))
+    for cell in copy.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source, root / "book" / "references.bib")
     wheel = build_wheel(root / PACKAGE, version, needs.get("files", []))
     copy.cells.insert(0, setup_cell(wheel, *requirements(root, needs), needs.get("downloads", [])))
     copy.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}

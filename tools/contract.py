@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def _problem(path: Path, name: str) -> str | None:
     if result["chapter"] != name:
         return f"calls itself {result['chapter']!r}: call start({name!r}) in its first cell"
     return None if result["metrics"] else "records no metric: call metric(...) of qft_utils.results"
+
+
+def check_outputs(notebook: NotebookNode, name: str, folders: Iterable[Path]) -> None:
+    """Raises BuildError for the first output of chapter `name` that shows one of `folders` of this machine."""
+    private = [str(folder) for folder in folders if folder != folder.parent]
+    for number, cell in enumerate(notebook.cells, start=1):
+        shown = json.dumps(cell.get("outputs", []), ensure_ascii=False)
+        for path in private:
+            if path in shown:
+                raise BuildError(
+                    f"notebooks/{name}.py, cell {number} shows {path}, a folder of this machine: end the cell's last "
+                    "line with ';', or silence the warning that names it, with the reason"
+                )
 
 
 def check_images(notebook: NotebookNode, name: str) -> None:

@@ -125,6 +125,7 @@ def _store(chapter: Chapter, run: Path, now: str) -> None:
     notebook = pairs.tidy(nbformat.read(run / "notebooks" / f"{chapter.name}.ipynb", as_version=4))
     nbformat.validate(notebook)
     contract.check_images(notebook, chapter.name)
+    contract.check_outputs(notebook, chapter.name, [chapter.root.resolve(), Path.home()])
     result = run / "results" / f"{chapter.name}.json"
     contract.check_result(result, chapter.name)
     made = run / f"{chapter.name}.ipynb"
