@@ -51,7 +51,8 @@ results.start("01_introduction")
 # - report what that cost: accuracy with its uncertainty, bytes on disk, and time.
 #
 # Every number below was computed by the cell above it, on the machine that the line above names. Sentences marked
-# with ✓ are *claims*: the book does not build when one of them stops being true.
+# with ✓ are *claims*: the book does not build when one of them stops being true. On the site, cells that only put
+# numbers into sentences are folded; open one to see where a number came from.
 
 # %% [markdown]
 # ## Setting up
@@ -111,7 +112,7 @@ def parameters_by_kind(model):
 counts = parameters_by_kind(model)
 counts
 
-# %%
+# %% tags=["hide-input"]
 total = sum(counts.values())
 results.metric("parameters/total", total, "count")
 results.metric("share/embeddings", counts["embeddings"] / total, "fraction", tolerance=0.001)
@@ -131,7 +132,7 @@ results.say(
 # traffic**: a linear layer reads all its weights for every sentence, an embedding reads only the rows of the tokens
 # that occur. Work out which of the two will profit more from smaller numbers, before you run the cell.
 
-# %%
+# %% tags=["hide-input"]
 sentence = data.reviews("train").text[0]
 tokens = tokenizer(sentence)["input_ids"]
 row_bytes = model.config.hidden_size * 4
@@ -169,7 +170,7 @@ films = {part: set(frame.film) for part, frame in parts.items()}
 shared = len(films["train"] & films["test"]) + len(films["validation"] & (films["train"] | films["test"]))
 pd.DataFrame({part: {"sentences": len(f), "films": f.film.nunique()} for part, f in parts.items()}).T
 
-# %%
+# %% tags=["hide-input"]
 results.claim("No film is on two sides of the split ({shared} shared).", shared == 0, shared=shared)
 majority = max(parts["test"].label.mean(), 1 - parts["test"].label.mean())
 results.say(
@@ -259,8 +260,9 @@ results.metric("accuracy/before_fine_tuning", unit="fraction", **untrained.as_di
 results.say("Before fine-tuning: {accuracy/before_fine_tuning:ci} of the validation sentences.")
 
 # %% [markdown]
-# The square brackets are a **95 % interval** (Wilson's): with another draw of sentences from the same source, the
-# accuracy would land in such an interval nineteen times out of twenty. A difference smaller than that is no news.
+# The square brackets are a **95 % interval** (Wilson's): made in this way, nineteen intervals out of twenty hold the
+# accuracy that the model would reach on endlessly many sentences of this kind. Two models whose intervals overlap
+# widely cannot be told apart by them.
 #
 # Now the loop. There is nothing special in it: AdamW, a short warm-up, a linear decay, and **autocast**, which lets
 # PyTorch compute in bfloat16 where that is safe. The weights themselves stay in float32.
@@ -312,7 +314,7 @@ axes.set(title="The loss falls well below a coin's", xlabel="step", ylabel="cros
 axes.legend(frameon=False)
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 predictions = {"float32": predict(model, test_set, tokenizer)}
 float_accuracy = measure.accuracy(predictions["float32"], test_set.labels)
 results.metric("accuracy/float32", unit="fraction", **float_accuracy.as_dict())
@@ -439,7 +441,7 @@ plt.show()
 # %% [markdown]
 # The line for one scale a tensor starts flat. Who is to blame? Look at the largest weight: it sets the scale for all.
 
-# %%
+# %% tags=["hide-input"]
 results.say(
     "The largest weight of the matrix is {times:.0f} times the typical one (the median magnitude). At 3 bits per tensor, "
     "{zeros:.0%} of the weights are rounded to zero.",
@@ -447,7 +449,7 @@ results.say(
     zeros=(quantization.quantize(matrix, quantization.choose_qparams(matrix, 3, symmetric=True)) == 0).float().mean().item(),
 )
 
-# %%
+# %% tags=["hide-input"]
 slope = (ratios["per channel"][8] - ratios["per channel"][4]) / 4
 theory = 20 * math.log10(127 / 7) / 4
 lift = ratios["per group of 32"][4] - ratios["per tensor"][4]
@@ -549,7 +551,7 @@ def against_float(name):
 
 points = {name: against_float(name) for name in ("legacy", "torchao")}
 
-# %%
+# %% tags=["hide-input"]
 results.claim(
     "torchao's int8 loses less than a point: between {low:+.1f} and {high:+.1f} points against float.",
     points["torchao"].low > -1,
@@ -558,9 +560,62 @@ results.claim(
 )
 changed = {name: int((predictions[name] != predictions["float32"]).sum()) for name in ("legacy", "torchao")}
 results.claim(
-    "One scale a channel disturbs fewer predictions than one scale a tensor: {torchao} against {legacy} changed.",
+    "At the same eight bits, torchao disturbs fewer predictions than the older call: {torchao} against {legacy}.",
     changed["torchao"] < changed["legacy"],
     **changed,
+)
+
+# %% [markdown]
+# ### Why do the same eight bits differ?
+#
+# The two differ in *two* grains: of the weights (a scale for the tensor, or for each channel) and of the activations (a
+# scale for all that a batch contains, or for each token). It is tempting to name the one you know. Better to change
+# one thing at a time, and that takes a few lines of our own: round the weights, and round what enters each linear
+# layer. This is **simulated** quantization: integers are imitated in float32, so it says how wrong, not how fast.
+
+
+# %%
+def round_input(grain):
+    def hook(layer, inputs):
+        x = inputs[0]  # sentences, tokens, features
+        rows = x.reshape(-1, x.shape[-1])
+        return quantization.fake_quantize(rows, quantization.choose_qparams(rows, 8, **grain)).reshape(x.shape)
+
+    return hook
+
+
+def simulate(model, weight_grain, activation_grain):
+    simulated = copy.deepcopy(model)
+    for layer in simulated.modules():
+        if isinstance(layer, nn.Linear):
+            qparams = quantization.choose_qparams(layer.weight, 8, symmetric=True, **weight_grain)
+            layer.weight.data = quantization.fake_quantize(layer.weight.data, qparams)
+            layer.register_forward_pre_hook(round_input(activation_grain))
+    return simulated
+
+
+# %% tags=["long"]
+some = ReviewDataset(parts["test"].head(700), tokenizer, settings.max_length)
+whole, fine = {}, {"axis": 0}  # of a weight, axis 0 counts channels; of the inputs, tokens
+disturbed = {}
+for weights_are, weight_grain in (("per tensor", whole), ("per channel", fine)):
+    for inputs_are, input_grain in (("per batch", whole), ("per token", fine)):
+        predicted = predict(simulate(model, weight_grain, input_grain), some, tokenizer)
+        disturbed[weights_are, inputs_are] = int((predicted != predictions["float32"][: len(some)]).sum())
+pd.Series(disturbed).unstack().rename_axis(index="weights", columns="activations")
+
+# %% tags=["hide-input"]
+coarse, best = disturbed["per tensor", "per batch"], disturbed["per channel", "per token"]
+only_weights, only_inputs = disturbed["per channel", "per batch"], disturbed["per tensor", "per token"]
+results.claim(
+    "Of {n:,} predictions (simulated), {coarse} change with both grains coarse. Finer weights alone leave {only_weights}, "
+    "finer activations alone {only_inputs}, both together {best}.",
+    best < min(only_weights, only_inputs) and max(only_weights, only_inputs) < coarse,
+    n=len(some),
+    coarse=coarse,
+    only_weights=only_weights,
+    only_inputs=only_inputs,
+    best=best,
 )
 
 # %% [markdown]
@@ -609,7 +664,7 @@ axes.set(title="The linear layers shrank to a quarter; the embeddings did not sh
 axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 linear_ratio = cart["float32"]["linear layers"] / cart["dynamic int8"]["linear layers"]
 results.claim(
     "The linear layers are {linear:.2f} times smaller; the embeddings weigh what they weighed, and are now "
@@ -673,7 +728,7 @@ predictions["torchao_compiled"] = predict_one_by_one(compiled["torchao"], test_s
 interval = measure.accuracy(predictions["torchao_compiled"], labels)
 results.metric("accuracy/dynamic_int8_torchao_compiled", unit="fraction", **interval.as_dict())
 
-# %%
+# %% tags=["hide-input"]
 ratios = {name: measure.speed_ratio(times["float32"], measured) for name, measured in times.items()}
 for name in ("float32_compiled", "dynamic_int8_legacy", "dynamic_int8_torchao", "dynamic_int8_torchao_compiled"):
     results.metric(f"speedup/{name}", unit="ratio", **ratios[name].as_dict(), tolerance=0.2 * ratios[name].value)
@@ -812,7 +867,7 @@ for name, measured in cnn_times.items():
 cnn_ratio = measure.speed_ratio(cnn_times["cnn_float32"], cnn_times["cnn_static_int8"])
 results.metric("speedup/cnn_static_int8", unit="ratio", **cnn_ratio.as_dict(), tolerance=0.2 * cnn_ratio.value)
 
-# %%
+# %% tags=["hide-input"]
 cnn_gap = measure.compare_paired(cnn_right["cnn_float32"], cnn_right["cnn_static_int8"]).difference.scaled(100)
 cnn_shrink = 1 - results.recorded("bytes/cnn_static_int8").value / results.recorded("bytes/cnn_float32").value
 results.claim(

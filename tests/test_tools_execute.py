@@ -226,3 +226,18 @@ def test_interrupted_promotion_changes_nothing(published, monkeypatch, fails, pr
     assert committed(published) == before
     assert not published.figure.exists()
     assert not [path for path in Path(published.root).rglob("*.new") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [("PosixPath('/home/somebody/book/x.json')", False), ("/home/other", True), ("/", True), ("all is well", True)],
+)
+def test_outputs_show_no_folder_of_this_machine(text, good):
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("stream", text=text)])
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    folders = [Path("/home/somebody/book"), Path("/home/somebody"), Path("/")]
+    if good:
+        assert contract.check_outputs(notebook, "01_tiny", folders) is None
+        return
+    with pytest.raises(BuildError, match="01_tiny.py, cell 1 shows /home/somebody/book"):
+        contract.check_outputs(notebook, "01_tiny", folders)
