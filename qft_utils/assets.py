@@ -97,10 +97,14 @@ def _fashion_mnist(asset: Asset) -> Path:
     for file in asset.files:
         packed = DEBIAN_FASHION_MNIST / f"{file}.gz"
         if not (folder / file).exists() and packed.exists():
-            with _whole_or_not(folder / file) as partial, gzip.open(packed) as source:
-                with partial.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+            with _whole_or_not(folder / file) as partial:
+                _unzip(packed, partial)
     return folder
+
+
+def _unzip(packed: Path, target: Path) -> None:
+    with gzip.open(packed) as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
 
 
 @contextmanager
@@ -115,14 +119,20 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
 
 
 def fetch() -> None:
-    """Brings Fashion-MNIST by torchvision's own download where Debian's package is not installed."""
+    """Brings Fashion-MNIST by torchvision's own download where Debian's package is not installed.
+
+    Raises MissingAsset where that fails, CorruptAsset for a file that is not the right one.
+    """
     try:
         locate("fashion_mnist")
     except MissingAsset:
         print("Debian's dataset-fashion-mnist is not installed: downloading Fashion-MNIST through torchvision")
         import torchvision
 
-        torchvision.datasets.FashionMNIST(cache_dir(), download=True)
+        try:
+            torchvision.datasets.FashionMNIST(cache_dir(), download=True)
+        except (OSError, RuntimeError) as error:  # no network; a mirror that sends something else
+            raise missing(lookup("fashion_mnist"), f"torchvision could not download it ({error})") from error
         locate("fashion_mnist")
 
 
@@ -218,8 +228,12 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["fetch"]):
         print("usage: python -m qft_utils.assets [fetch]", file=sys.stderr)
         return 2
-    if arguments:
-        fetch()
+    try:
+        if arguments:
+            fetch()
+    except (MissingAsset, CorruptAsset) as error:
+        print(error, file=sys.stderr)
+        return 1
     lines = list(_status())
     print("\n".join(lines))
     return 0 if all(line.endswith("here, whole") for line in lines) else 1

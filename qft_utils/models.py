@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,36 +18,38 @@ from transformers import (
 from transformers.utils import logging
 
 from qft_utils import assets
+from qft_utils.asset_table import HUB_FILES
 
 LITE0_WEIGHTS = "efficientnet-lite0-57934424.pth"
 
 
-def _text_source(name: str) -> Path | str:
-    """A folder for a packaged model, the hub's name for one that comes from a hub."""
-    return assets.locate(name) if assets.lookup(name).files else name
+def _source(name: str) -> Path | str:
+    """The folder of a packaged or cached model, else its name for a hub that answers; an OSError if none does.
 
-
-def _from_pretrained(auto: type, name: str, **options: int) -> Any:
-    """What `auto` loads: from the package, else from the hub's cache, else from the hub if it answers.
-
-    Left to itself, `from_pretrained` asks the hub about each file, cached or not, and offline tries for a minute.
+    Left to itself, `from_pretrained` asks the hub about files that are cached, tries for a minute where there is no
+    network, and makes an empty tokenizer of a folder that lacks the tokenizer's file.
     """
-    source = _text_source(name)
-    try:
-        with suppress(OSError):
-            return auto.from_pretrained(source, local_files_only=True, **options)
-        _ask_hub()
-        return auto.from_pretrained(source, **options)
-    except OSError as error:
-        raise assets.missing(assets.lookup(name), "it is not in the hub's cache, and no hub answers") from error
-
-
-def _ask_hub() -> None:
-    """Raises ConnectionError where no hub answers: one request, not tried again."""
+    if assets.lookup(name).files:
+        return assets.locate(name)
+    with suppress(OSError):  # not in the cache
+        folder = Path(snapshot_download(name, local_files_only=True))
+        if all((folder / file).exists() for file in HUB_FILES):
+            return folder
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:  # its class depends on the HTTP library that this huggingface_hub uses
-        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {error}") from error
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer") from error
+    return name
+
+
+@contextmanager
+def _or_missing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except assets.MissingAsset:  # a packaged one: it says itself what is missing
+        raise
+    except OSError as error:
+        raise assets.missing(assets.lookup(name), f"it is not in the hub's cache, and {error}") from error
 
 
 @contextmanager
@@ -70,14 +71,17 @@ def load_encoder(
     The head's weights are drawn from torch's generator: seed it first. Raises MissingAsset, with the command that
     brings the model, where it is neither packaged nor in the hub's cache nor to be downloaded.
     """
-    with _quietly():
-        model = _from_pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels)
-    return model, _from_pretrained(AutoTokenizer, name)
+    with _or_missing(name), _quietly():
+        source = _source(name)
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels)
+        return model, AutoTokenizer.from_pretrained(source)
 
 
 def load_causal_lm(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained causal language model from a hub and its tokenizer; raises MissingAsset as `load_encoder` does."""
-    return _from_pretrained(AutoModelForCausalLM, name), _from_pretrained(AutoTokenizer, name)
+    with _or_missing(name):
+        source = _source(name)
+        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
 
 
 def load_cnn(name: str = "efficientnet_lite0") -> nn.Module:

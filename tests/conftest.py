@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import qft_utils  # noqa: F401  first: it makes torchvision, timm and Trainer importable beside a CPU torch
 from tools.execute import execute
 from tools.layout import ROOT, Chapter, chapters, stage
 from tools.render import render
