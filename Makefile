@@ -17,7 +17,8 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: book test check chapter html lock clean help setup assets system
+.NOTPARALLEL:
+.PHONY: book test check chapter html sweeps lock clean help setup assets system
 
 book: assets ## install, execute every chapter that changed, render _build/html
 	$(PY) -m tools.execute

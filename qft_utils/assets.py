@@ -174,8 +174,16 @@ def recipe_key(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def keep(name: str, model: torch.nn.Module, seconds: float) -> Path:
-    """Stores a model that a chapter has just trained, with what it cost, where `trained(name)` will find it."""
+def keep(name: str, model: torch.nn.Module, seconds: float) -> None:
+    """In the build (`QFT_STRICT=1`), stores a model that a chapter has just trained where `trained(name)` looks.
+
+    Elsewhere it stores nothing: a reader may have changed the chapter's cells, and the key knows only the package.
+    """
+    if os.environ.get("QFT_STRICT") == "1":
+        _store(name, model, seconds)
+
+
+def _store(name: str, model: torch.nn.Module, seconds: float) -> Path:
     path = _trained_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _whole_or_not(path) as partial:  # one file for both, so that there is nothing between the old and the new
@@ -199,7 +207,7 @@ def trained(name: str) -> Trained:
     start = time.perf_counter()
     model = module.train()
     seconds = time.perf_counter() - start
-    keep(name, model, seconds)
+    _store(name, model, seconds)
     return Trained(model.eval(), seconds, True)
 
 

@@ -65,17 +65,17 @@ def site() -> Path:
 
 
 def _tree() -> str:
-    """What git sees: names of changed and new files, and the content of the tracked ones."""
-    status = ["git", "-C", str(ROOT), "status", "--porcelain"]
-    diff = ["git", "-C", str(ROOT), "diff", "--no-ext-diff"]
-    done = [subprocess.run(command, capture_output=True, text=True) for command in (status, diff)]
-    return "".join(command.stdout for command in done)  # empty where there is no git: nothing is tracked
+    """What git sees: names of changed and new files, and the content of the tracked ones, staged or not."""
+    status, diff = ["status", "--porcelain"], ["diff", "HEAD", "--no-ext-diff"]
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]  # also where another user made the checkout
+    done = [subprocess.run([*git, *said], capture_output=True, text=True, check=True) for said in (status, diff)]
+    return "".join(command.stdout for command in done)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def tracked_files_stay():
     """`make test` sets QFT_TREE_STAYS: whatever the tests did, the working tree is as it was."""
-    if os.environ.get("QFT_TREE_STAYS") != "1":
+    if os.environ.get("QFT_TREE_STAYS") != "1" or not (ROOT / ".git").exists():  # an archive: nothing is tracked
         yield
         return
     before = _tree()

@@ -307,7 +307,7 @@ def test_trained_once_then_kept(recipe, capsys):
 
 def test_a_chapters_own_model_is_found(recipe):
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
-    assets.keep("tiny", model, 12.345678901234567)
+    assets._store("tiny", model, 12.345678901234567)
     found = assets.trained("tiny")
     assert (found.seconds, found.trained_now) == (12.345678901234567, False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), found.model.parameters(), strict=True))
@@ -336,7 +336,7 @@ def test_keys_of_the_book_are_told_apart_by_all_that_decides(recipe):
 
 @pytest.mark.parametrize("where", ["writing", "renaming"])
 def test_an_interrupted_keep_leaves_the_old_one(recipe, cache, monkeypatch, where):
-    path = assets.keep("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), 1.0)
+    path = assets._store("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), 1.0)
     before = path.read_bytes()
 
     def half(model, file, metadata):
@@ -351,7 +351,7 @@ def test_an_interrupted_keep_leaves_the_old_one(recipe, cache, monkeypatch, wher
             patched.setattr(assets, "save_model", half)
         else:
             patched.setattr(Path, "replace", refuse)
-        assets.keep("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), 2.0)
+        assets._store("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), 2.0)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.read_bytes() == before
     assert assets.trained("tiny").seconds == 1.0
@@ -359,12 +359,21 @@ def test_an_interrupted_keep_leaves_the_old_one(recipe, cache, monkeypatch, wher
 
 def test_keeping_again_replaces(recipe):
     for seconds in (1.0, 2.0):
-        path = assets.keep("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), seconds)
+        path = assets._store("tiny", nn.Sequential(nn.Linear(3, 2), nn.Dropout()), seconds)
     assert len(list(path.parent.iterdir())) == 1
     assert assets.trained("tiny").seconds == 2.0
 
 
-@pytest.mark.parametrize("call", [assets.trained, assets.recipe_key, lambda name: assets.keep(name, None, 0)])
+@pytest.mark.parametrize("call", [assets.trained, assets.recipe_key, lambda name: assets._store(name, None, 0)])
 def test_no_recipe(call):
     with pytest.raises(ValueError, match="no chapter trains a model called 'vision'; there are sentiment"):
         call("vision")
+
+
+@pytest.mark.parametrize(("strict", "kept"), [("1", 1), ("0", 0)])
+def test_a_chapter_keeps_its_model_in_the_build_only(monkeypatch, strict, kept):
+    stored = []
+    monkeypatch.setattr(assets, "_store", lambda *arguments: stored.append(arguments))
+    monkeypatch.setenv("QFT_STRICT", strict)
+    assets.keep("sentiment", nn.Linear(1, 1), 1.0)
+    assert len(stored) == kept

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -98,3 +99,25 @@ def test_continuous_integration_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert re.search(r"^set -euo pipefail$(?s:.*)^(exec )?make test$", script.read_text(), re.MULTILINE)
+
+
+def test_tools_need_neither_torch_nor_the_package():
+    """`make html` runs them where neither is installed. A name that is None in sys.modules cannot be imported."""
+    modules = sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
+    assert "tools.render" in modules
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "qft_utils"]))
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_pictures_of_a_page_beside_the_book_exist(page):
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links or page != "README.md"
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -85,6 +85,8 @@ NOTEBOOK = '''# ---
 x = 5  # 5 ms
 plt.title(f"{x:.1f} ms, 7 % less")
 print("9 ms")
+axes.set(title="2.1x faster", ylabel="time (ms)")
+axes.plot(x, label="40 decibels")
 
 # %%
 results.say("Saves {bytes/int8} MB, "
@@ -97,7 +99,8 @@ def test_notebook_lines_are_named():
     prose = check_prose.notebook_prose("a.py", NOTEBOOK)
     found = [(p.first + p.text.count("\n", 0, m.start()), m[0]) for p in prose
              for m in check_prose.find_numbers(p.text)]
-    assert found == [(8, "5 ms"), (10, "2x"), (12, "7 %"), (16, "3 points")]
+    figures = [(13, "9 ms"), (14, "2.1x"), (15, "40 decibels")]
+    assert found == [(8, "5 ms"), (10, "2x"), (12, "7 %"), *figures, (18, "3 points")]
 
 
 @pytest.fixture

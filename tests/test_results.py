@@ -282,3 +282,8 @@ def test_write_sweep_refuses_nothing_and_missing_code(checkout):
     with pytest.raises(FileNotFoundError, match="other.py"):
         results.write_sweep("bits", [{"bits": 4}], ["other.py"], 1)
     assert not (checkout / "results").exists()
+
+
+def test_every_stored_sweep_is_as_old_as_its_code():
+    for path in sorted((storage.ROOT / "results" / "sweeps").glob("*.json")):
+        assert results.load_sweep(path)["runs"], path.name

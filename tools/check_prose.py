@@ -3,9 +3,9 @@
     python -m tools.check_prose
 
 It reads book/**/*.md and, of notebooks/*.py, Markdown cells, alternative texts and the templates of `say`,
-`claim`, `Markdown` and titles. Glue roles, {placeholders}, code, links and formulas are left out (a formula
-that is only a number is not). The allow-list holds what is true by definition or comes from the literature,
-with the reason. Blind to numbers in words ("twice"), bare ones in tables, strings built elsewhere.
+`claim`, `Markdown`, `print` and what figures say. Glue roles, {placeholders}, code, links and formulas are left
+out (a formula that is only a number is not). The allow-list holds what is true by definition or comes from the
+literature, with the reason. Blind to numbers in words ("twice"), bare ones in tables, strings built elsewhere.
 """
 
 import ast
@@ -19,10 +19,12 @@ from pathlib import Path
 import yaml
 
 ALLOWED = "tools/prose_allowed.yml"
-TEMPLATES = frozenset({"say", "claim", "Markdown", "set_title", "suptitle", "title"})
+TEMPLATES = frozenset({"say", "claim", "Markdown", "print", "set_title", "suptitle", "title", "text", "annotate"})
+SHOWN = frozenset({"title", "label", "xlabel", "ylabel", "suptitle"})  # keywords of any call
 HIDDEN = "\0"  # stands for what is no prose: neither a digit nor a space
 UNIT = rf"""(?: % | ‰ | per\s?cent\b | percentage\ points?\b | points?\b(?!\s+(?:out|at|to|of)\b) | pp\b
     | (?:(?<=[\s;])[sh] | [mµμun]s | secs? | seconds? | mins? | minutes? | hours?)\b
+    | (?:deci ?bels? | (?:milli|micro)seconds? | msecs? | (?:kilo|mega|giga)?bytes? | nats? | pts)\b
     | (?:[kKMGT]i?B | dB | [fF][pP][sS] | [GT]FLOPS?)\b | times\b | fold\b
     | (?<=\d)[×x](?!\w|\s*\d) | [×x](?!\s*[\w${HIDDEN}(]) | [×x]\s+(?:as\b|more\b|less\b|worse\b|\w+er\b)
     | \w+\s?(?:/\s?s | per\s+second)\b )"""
@@ -111,10 +113,12 @@ def notebook_prose(file: str, source: str) -> Iterator[Prose]:
 
 
 def templates(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, text) of strings passed to `say`, `claim` and makers of titles; computed parts become {}."""
+    """(line, text) of strings passed to `say`, `claim`, `print` and figures; computed parts become {}."""
     for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and _called(call) in TEMPLATES:
-            texts = ((argument.lineno, _text(argument)) for argument in call.args)
+        if isinstance(call, ast.Call):
+            shown = [keyword.value for keyword in call.keywords if keyword.arg in SHOWN]
+            shown += call.args if _called(call) in TEMPLATES else []
+            texts = ((node.lineno, _text(node)) for node in shown)
             yield from ((line, text) for line, text in texts if text)
 
 

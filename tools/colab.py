@@ -28,8 +28,8 @@ PACKAGE = "qft_utils"
 ALWAYS = ("torchao",)  # Colab has 0.10, on which peft refuses to load
 NEVER = frozenset({"torch", "torchvision", "transformers"})  # Colab's builds fit its drivers
 COLAB_IMPORTS = frozenset({
-    "IPython", "PIL", "accelerate", "datasets", "google", "matplotlib", "numpy", "packaging", "pandas",
-    "peft", "psutil", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers",
+    "IPython", "PIL", "accelerate", "datasets", "google", "huggingface_hub", "matplotlib", "numpy", "packaging",
+    "pandas", "peft", "psutil", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers",
 })
 SETUP = Path(__file__).with_name("colab_setup.py")
 TITLE = "#@title Run this cell first: it brings what this chapter needs"

@@ -87,7 +87,7 @@ def check_images(notebook: NotebookNode, name: str) -> None:
 
 
 def _bare_img(html: str) -> bool:
-    return any(not re.search(r"\balt\s*=", tag) for tag in re.findall(r"<img\b[^>]*>", html))
+    return any(not re.search(r"""\balt\s*=\s*["']?\s*[^\s"'>]""", tag) for tag in re.findall(r"<img\b[^>]*>", html))
 
 
 def _has_bare_output(cell: NotebookNode) -> bool:

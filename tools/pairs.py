@@ -13,6 +13,7 @@ from nbformat import NotebookNode
 from tools.layout import ROOT, BuildError, Chapter, chapters, relative
 
 MAX_BYTES = 400_000  # Colab and code review both get slow beyond
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: without its kernel it stands at 0 %
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -26,7 +27,7 @@ def fresh_notebook(source: Path) -> NotebookNode:
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """A copy without what changes from run to run: time stamps, versions, random cell ids."""
+    """A copy without what changes from run to run (time stamps, versions, random cell ids) and without dead widgets."""
     notebook = copy.deepcopy(notebook)
     kept = {"qft": notebook.metadata["qft"]} if "qft" in notebook.metadata else {}
     notebook.metadata = nbformat.from_dict(copy.deepcopy(_METADATA) | kept)
@@ -34,6 +35,8 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
         cell.id = f"{digest}-{seen[digest]}"  # by content, so that a new cell renames no other
         seen[digest] += 1

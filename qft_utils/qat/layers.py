@@ -20,25 +20,28 @@ class TrainingLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | LearnedInputQuantizer | None
     folded: nn.BatchNorm2d | None
+    folded_name: str | None
 
     @classmethod
     def from_float(cls, layer: nn.Module) -> "TrainingLayer":
         """A layer that takes over all of `layer`, its parameters and hooks too; quantizers are added later."""
         new = cls.__new__(cls)
         new.__dict__ = layer.__dict__
-        new.weight_quantizer, new.input_quantizer, new.folded = None, None, None
+        new.weight_quantizer = new.input_quantizer = new.folded = new.folded_name = None
         return new
 
-    def factor(self) -> Tensor | None:
-        """What folding multiplies the rows of the weight by; None where nothing is folded."""
+    def factor_of_grid(self) -> Tensor | None:
+        """What folding multiplies the rows of the weight's grid by; None where nothing is folded."""
         return None
+
+    training_factor = factor_of_grid
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def quantized_weight(self) -> Tensor:
         """The fake-quantized weight, in the weight's shape."""
-        return self.weight_quantizer(self.weight, self.factor())
+        return self.weight_quantizer(self.weight, self.training_factor())
 
 
 class TrainingLinear(TrainingLayer, nn.Linear):
@@ -69,7 +72,11 @@ class TrainingConv2d(TrainingLayer, nn.Conv2d):
     has when folded with the running ones, w * gamma / sqrt(variance + eps): Krishnamoorthi 2018, section 3.2.2.
     That grid is divided by the same factor again before the convolution, so one convolution and the ordinary batch
     norm do it, at the cost of a few operations on C numbers. With a grid per channel only the factor's sign is left.
+
+    norm_frozen: the batch norm uses its running statistics, in training too.
     """
+
+    norm_frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
         out = self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
@@ -81,22 +88,23 @@ class TrainingConv2d(TrainingLayer, nn.Conv2d):
         factor = norm.weight.detach().float() * torch.rsqrt(norm.running_var + norm.eps)
         return torch.where(factor < 0, -1.0, 1.0) * factor.abs().clamp_min(math.sqrt(MIN_SCALE))
 
-    def factor(self) -> Tensor | None:
-        if self.folded is None or (self.weight_quantizer.granularity != "tensor" and not self._one_sided()):
+    def factor_of_grid(self) -> Tensor | None:
+        """The factor itself for one grid per tensor, else its sign: its size cancels out. (C, 1, ...)"""
+        if self.folded is None:
             return None
-        factor = self.fold_factor() if self.weight_quantizer.granularity == "tensor" else self._signs()
-        return factor.reshape(-1, 1, 1) if self.weight_quantizer.group_size else factor.reshape(-1, 1, 1, 1)
+        factor, quantizer = self.fold_factor(), self.weight_quantizer
+        factor = factor if quantizer.granularity == "tensor" else factor.sign()
+        return factor.reshape(-1, 1, 1) if quantizer.group_size else factor.reshape(-1, 1, 1, 1)
 
-    def _one_sided(self) -> bool:
-        """Whether the lowest integer, which has no opposite, is in use: only then does the factor's sign matter."""
-        return isinstance(self.weight_quantizer, LearnedWeightQuantizer)
-
-    def _signs(self) -> Tensor:
-        return torch.where(self.folded.weight.detach() < 0, -1.0, 1.0)
+    def training_factor(self) -> Tensor | None:
+        """None also where the sign makes no difference: a maximum's grid is used symmetrically."""
+        quantizer = self.weight_quantizer
+        learned = isinstance(quantizer, LearnedWeightQuantizer)
+        return self.factor_of_grid() if learned or quantizer.granularity == "tensor" else None
 
     def train(self, mode: bool = True) -> "TrainingConv2d":
         super().train(mode)
-        if self.folded is not None and getattr(self, "norm_frozen", False):
+        if self.folded is not None and self.norm_frozen:
             self.folded.eval()
         return self
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_utils.observers import Observer, in_memory_order
-from qft_utils.qat.rounding import LearnedStep, Straight, StraightWithin, scale_gradient
+from qft_utils.qat.rounding import LearnedStep, ReluThenGrid, Straight, StraightWithin, scale_gradient
 from qft_utils.quantization import MAX_BITS, MIN_BITS, MIN_SCALE
 
 Grid = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, zero point, lowest and highest integer, each of shape ()
@@ -32,37 +32,31 @@ def usable_scale(span: Tensor, steps: int) -> Tensor:
 
 
 class InputQuantizer(nn.Module):
-    """Fake-quantizes with the range that its observer saw in training, or while calibrating.
-
-    bounds: the ends of a ReLU or ReLU6 that this quantizer has taken over: rounding to the grid of what it
-    returns, and that grid clamped to its ends, are one clamp.
-    """
+    """Fake-quantizes with the range that its observer saw in training, or while calibrating."""
 
     def __init__(self, bits: int, observer: Observer) -> None:
         super().__init__()
         self.bits, self.observer = check_bits(bits), observer
         self.observing, self.calibrating, self.seen = True, False, False
-        self.bounds: tuple[float, float] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observing and (self.training or self.calibrating):
-            self._observe(x.detach())
-        elif not self.seen:
-            self.check_seen()
+        self.observe(x)
         scale, zero_point, qmin, qmax = self.grid()
         low, high = qmin - zero_point, qmax - zero_point
-        first, last = (low - 0.5) * scale, (high + 0.5) * scale
-        if self.bounds:
-            first, last = first.clamp_min(self.bounds[0]), last.clamp_max(self.bounds[1])
-        return StraightWithin.apply(x, scale, low, high, first, last)
+        return StraightWithin.apply(x, scale, low, high, (low - 0.5) * scale, (high + 0.5) * scale)
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        low, high = self.observer.range_of(x)
-        if self.bounds:  # what the ReLU would have let through
-            low, high = low.clamp(*self.bounds), high.clamp(*self.bounds)
-        self.observer.merge(low, high)
-        self.seen = True
+    def observe(self, x: Tensor) -> None:
+        """Count the batch in if that is asked for. Raises RuntimeError if there is no range otherwise."""
+        if self.observing and (self.training or self.calibrating):
+            self.observer.merge(*self.range_of(x))
+            self.seen = True
+        elif not self.seen:
+            self.check_seen()
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest value that the grid shall hold for this batch."""
+        return self.observer.range_of(x)
 
     def check_seen(self) -> None:
         """Raises RuntimeError unless a range is there, observed or loaded."""
@@ -71,18 +65,35 @@ class InputQuantizer(nn.Module):
             raise RuntimeError("no input was observed: train, or call calibrate(model, batches), first")
 
     def grid(self) -> Grid:
-        """Scale, zero point, and the lowest and highest integer in use, all as float32 tensors."""
+        """Scale, zero point, and the lowest and highest integer, all as float32 tensors."""
         steps = 2**self.bits - 1
         low, high = self.observer.low.clamp(max=0), self.observer.high.clamp(min=0)
         scale = usable_scale(high - low, steps)
         zero_point = (-low / scale).round().clamp(0, steps)
-        if self.bounds is None:
-            return scale, zero_point, torch.zeros_like(scale), torch.full_like(scale, steps)
-        first, last = ((end / scale).round() + zero_point for end in self.bounds)
-        return scale, zero_point, first.clamp(0, steps), last.clamp(0, steps)
+        return scale, zero_point, torch.zeros_like(scale), torch.full_like(scale, steps)
 
     def set_bits(self, bits: int) -> None:
         self.bits = check_bits(bits)
+
+
+class ReluInputQuantizer(InputQuantizer):
+    """Takes over the ReLU before it: clamping to the grid is the ReLU, and the ReLU6 too, as no range exceeds 6.
+
+    ceiling: the greatest value that the ReLU lets through.
+    """
+
+    def __init__(self, bits: int, observer: Observer, ceiling: float) -> None:
+        super().__init__(bits, observer)
+        self.ceiling = ceiling
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.observe(x)
+        steps = 2**self.bits - 1
+        return ReluThenGrid.apply(x, usable_scale(self.observer.high, steps), steps)
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = super().range_of(x)
+        return low.clamp(0, self.ceiling), high.clamp(0, self.ceiling)
 
 
 class LearnedInputQuantizer(nn.Module):

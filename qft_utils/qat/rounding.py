@@ -1,4 +1,4 @@
-"""Rounding to a grid of integers, with the three gradients that training needs.
+"""Rounding to a grid of integers, with the four gradients that training needs.
 
 The grid is s * k for the integers k = low..high, counted from the zero point (k = q - z). The value is the one of
 `quantization.fake_quantize`, to the bit: s * clamp(round(x / s), low, high), in float32, x / s being x * (1 / s).
@@ -33,9 +33,10 @@ class Straight(Function):
 
 
 class StraightWithin(Function):
-    """Gradient 1 for x in [first, last] and 0 elsewhere (Krishnamoorthi 2018, section 2.4).
+    """Gradient 1 for x in [first, last] and 0 elsewhere; these have shape () and the units of x.
 
-    first, last: shape (), in the units of x. A ReLU6 before the grid is this clamp too: give its ends.
+    With first = (low - 1/2) s and last = (high + 1/2) s, that is where x rounds to an integer of the grid
+    (Krishnamoorthi 2018, section 2.4).
     """
 
     @staticmethod
@@ -52,29 +53,42 @@ class StraightWithin(Function):
         return inside.mul_(grad), None, None, None, None, None
 
 
-class LearnedStep(Function):
-    """Gradients for x and for the step s (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5).
-
-    ds = round(x/s) - x/s inside the grid, its end (low or high) outside, times the gradient from above, summed
-    over the values that share s. The boundary goes by x / s itself, as in the paper.
-    """
+class ReluThenGrid(Function):
+    """ReLU, then the grid 0..high: one clamp forwards and one backwards, where 0 < x < (high + 1/2) s passes."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.ends = low, high
-        return round_to_grid(x, scale, low, high)
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, high: int) -> Tensor:
+        v = x.float() * scale.reciprocal()
+        ctx.high = high
+        ctx.save_for_backward(v.to(x.dtype))
+        return v.round().clamp_(0, high).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Gradients:
-        x, scale = ctx.saved_tensors
+        (v,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, v, 0, ctx.high + 0.5), None, None
+
+
+class LearnedStep(Function):
+    """Gradients for x and for the step s (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5).
+
+    For v = x / s inside (low, high), dx = 1 and ds = round(v) - v; outside, dx = 0 and ds is the end. Both times
+    the gradient from above, ds summed over the values that share s.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         v = x.float() * scale.reciprocal()
-        clamped = v.clamp_min(ctx.ends[0]).clamp_max_(ctx.ends[1])
-        inside = clamped == v
-        d_scale = (clamped.round_() - v * inside) * grad
-        return grad * inside, d_scale.sum_to_size(scale.shape), None, None
+        ctx.ends, ctx.shape = (low, high), scale.shape
+        ctx.save_for_backward(v)
+        return v.round().clamp_(low, high).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Gradients:
+        (v,), wide = ctx.saved_tensors, grad.float()
+        dx = torch.ops.aten.hardtanh_backward(wide, v, *ctx.ends)
+        ds = v.clamp(*ctx.ends).round_().mul_(wide).addcmul_(dx, v, value=-1)
+        return dx.to(grad.dtype), ds.sum_to_size(ctx.shape), None, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -5,10 +5,10 @@ It protects against a chapter that fetches something while it runs. Each attempt
 opened outside Python (libraries in Rust or C++) and to `python -I`.
 """
 
+import ipaddress
 import os
 import sys
 
-_LOCAL = ("127.", "::1", "localhost", "::ffff:127.")
 _ADDRESSED = {"socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1}  # event: where its address stands
 _NAMED = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 
@@ -27,12 +27,23 @@ def _target(event, args):
     return address[0] if isinstance(address, tuple) else None  # Unix and netlink sockets have no host
 
 
+def _is_here(host):
+    """Whether a name or an address is this machine's own."""
+    if host in ("", "localhost", os.uname().nodename):
+        return True
+    try:
+        address = ipaddress.ip_address(host.split("%")[0])
+    except ValueError:
+        return False  # another name
+    return address.is_loopback or bool(getattr(address, "ipv4_mapped", None) and address.ipv4_mapped.is_loopback)
+
+
 def _guard(event, args):
     if event not in _ADDRESSED and event not in _NAMED and event != "urllib.Request":
         return
     host = _target(event, args)
     host = host.decode("ascii", "replace") if isinstance(host, bytes) else host
-    if not isinstance(host, str) or not host or host.startswith(_LOCAL) or host == os.uname().nodename:
+    if not isinstance(host, str) or _is_here(host):
         return
     log = os.environ.get("QFT_OFFLINE_LOG")
     if log:
