@@ -24,7 +24,7 @@ SHOWN = frozenset({"title", "label", "xlabel", "ylabel", "suptitle"})  # keyword
 HIDDEN = "\0"  # stands for what is no prose: neither a digit nor a space
 UNIT = rf"""(?: % | ‰ | per\s?cent\b | percentage\ points?\b | points?\b(?!\s+(?:out|at|to|of)\b) | pp\b
     | (?:(?<=[\s;])[sh] | [mµμun]s | secs? | seconds? | mins? | minutes? | hours?)\b
-    | (?:deci ?bels? | (?:milli|micro)seconds? | msecs? | (?:kilo|mega|giga)?bytes? | nats? | pts)\b
+    | (?:deci ?bels? | (?:milli|micro)seconds? | msecs? | (?:kilo|mega|giga)bytes? | nats? | pts)\b
     | (?:[kKMGT]i?B | dB | [fF][pP][sS] | [GT]FLOPS?)\b | times\b | fold\b
     | (?<=\d)[×x](?!\w|\s*\d) | [×x](?!\s*[\w${HIDDEN}(]) | [×x]\s+(?:as\b|more\b|less\b|worse\b|\w+er\b)
     | \w+\s?(?:/\s?s | per\s+second)\b )"""
