@@ -18,7 +18,7 @@ unexport PYTHONPATH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: book test check chapter html sweeps lock clean help setup assets system
+.PHONY: book test check chapter html sweeps bench lock clean help setup assets system
 
 book: assets ## install, execute every chapter that changed, render _build/html
 	$(PY) -m tools.execute
