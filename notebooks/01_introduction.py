@@ -608,7 +608,7 @@ def simulate(model, weight_grain, activation_grain):
 
 
 # %% tags=["long"]
-some = ReviewDataset(parts["validation"].sample(500, random_state=0), tokenizer, settings.max_length)
+some = ReviewDataset(parts["validation"].sample(400, random_state=0), tokenizer, settings.max_length)
 undisturbed = predict(model, some, tokenizer)
 whole, fine = {}, {"axis": 0}  # of a weight, axis 0 counts channels; of the inputs, tokens
 disturbed = {}
@@ -829,7 +829,7 @@ results.claim(
 
 # %%
 images, targets = data.fashion_mnist("train")
-images, targets = images[:15_000], targets[:15_000]
+images, targets = images[:10_000], targets[:10_000]
 test_images, test_targets = data.fashion_mnist("test")
 
 
@@ -864,7 +864,7 @@ torch.manual_seed(0)
 cnn = SmallCNN()
 optimizer = torch.optim.AdamW(cnn.parameters(), lr=2e-3)
 for epoch in range(2):
-    for chosen in tqdm(torch.randperm(len(images)).split(128), desc=f"epoch {epoch + 1} of 2"):
+    for chosen in tqdm(torch.randperm(len(images)).split(64), desc=f"epoch {epoch + 1} of 2"):
         loss = nn.functional.cross_entropy(cnn(to_input(images[chosen])), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
