@@ -261,9 +261,10 @@ results.metric("accuracy/before_fine_tuning", unit="fraction", **untrained.as_di
 results.say("Before fine-tuning: {accuracy/before_fine_tuning:ci} of the validation sentences.")
 
 # %% [markdown]
-# The square brackets are a **95 % interval** (Wilson's): made in this way, nineteen intervals out of twenty hold the
-# accuracy that the model would reach on endlessly many sentences of this kind. It counts sentences as independent, which
-# sentences about one film are not quite, and takes this one training as given; so it is the least uncertainty there is.
+# The square brackets are a **95 % interval** {cite}`wilson1927probable`: made in this way, nineteen intervals out of
+# twenty hold the accuracy that the model would reach on endlessly many sentences of this kind. It counts sentences as
+# independent, which sentences about one film are not quite, and takes this one training as given; so it is the least
+# uncertainty there is.
 #
 # Now the loop. There is nothing special in it: AdamW, a short warm-up, a linear decay, and **autocast**, which lets
 # PyTorch compute in bfloat16 where that is safe. The weights themselves stay in float32.
@@ -317,8 +318,8 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# The loss on sentences that it has seen is no proof. How good is it on films that it has not met? Models of this size
-# are right on about four sentences of five.
+# The loss on sentences that it has seen is no proof. How good is it on films that it has not met? Expect
+# about four sentences of five.
 
 # %% tags=["hide-input"]
 results.claim(
@@ -362,9 +363,10 @@ r_hat = s * (q - z)
 pd.DataFrame({"r": r, "q": q.int(), "r_hat": r_hat, "error": r_hat - r}).round(2)
 
 # %% [markdown]
-# This is **affine** quantization: the sixteen levels cover the range of the data, and no more. **Symmetric** quantization
-# puts $z = 0$ and covers $\pm\max|r|$, which is simpler to compute with and wastes levels when the data are
-# lopsided, as they are here. `qft_utils.quantization` does both; it is the code above with its corner cases settled.
+# This is **affine** quantization: the sixteen levels cover the range of the data, and no more. **Symmetric**
+# quantization puts $z = 0$ and covers $\pm\max|r|$, which is simpler to compute with and wastes levels when the data
+# are lopsided, as they are here. `qft_utils.quantization` does both; it is the code above with its corner cases
+# settled.
 
 # %%
 affine = quantization.choose_qparams(r, bits=4)
@@ -527,8 +529,8 @@ print(type(weight).__name__, weight.qdata.dtype, "scales:", tuple(weight.scale.s
 # %% [markdown]
 # ### Does it hurt?
 #
-# Expect very little: eight bits are worth eight times six decibels. All three models read the same test sentences, so we can compare
-# them **in pairs**. Only sentences on which two models disagree say anything about their difference.
+# Expect very little: eight bits are worth eight times six decibels. All three models read the same test sentences, so
+# we can compare them **in pairs**. Only sentences on which two models disagree say anything about their difference.
 
 # %%
 predictions["legacy"] = predict(quantized["legacy"], test_set, tokenizer)
@@ -580,11 +582,12 @@ results.claim(
 # %% [markdown]
 # ### Why do the same eight bits differ?
 #
-# Eight bits against eight bits, and one disturbs far more. The two differ in *two* grains: of the weights (a scale for the tensor, or for each channel) and of the activations (a
-# scale for all that a batch contains, or for each token). It is tempting to name the one you know. Better to change
-# one thing at a time, and that takes a few lines of our own: round the weights, and round what enters each linear
-# layer. This is **simulated** quantization: integers are imitated in float32, so it says how wrong, not how fast. It is a diagnosis, so it reads validation sentences; the test
-# part is for the final figures. If one grain were to blame, refining it alone should mend almost everything.
+# Eight bits against eight bits, and one disturbs far more. The two differ in *two* grains: of the weights (a scale for
+# the tensor, or for each channel) and of the activations (a scale for all that a batch contains, or for each token). It
+# is tempting to name the one you know. Better to change one thing at a time, and that takes a few lines of our own:
+# round the weights, and round what enters each linear layer. This is **simulated** quantization: integers are imitated
+# in float32, so it says how wrong, not how fast. It is a diagnosis, so it reads validation sentences; the test part is
+# for the final figures. If one grain were to blame, refining it alone should mend almost everything.
 
 
 # %%
@@ -642,6 +645,8 @@ sizes = {"float32": measure.bytes_on_disk(model.state_dict())}
 sizes |= {name: measure.bytes_on_disk(made.state_dict()) for name, made in quantized.items()}
 for name, metric in (("float32", "float32"), ("legacy", "dynamic_int8_legacy"), ("torchao", "dynamic_int8_torchao")):
     results.metric(f"bytes/{metric}", sizes[name], "bytes", tolerance=20_000)
+compiled_bytes = sizes["torchao"]  # torch.compile, below, changes the program and not the file
+results.metric("bytes/dynamic_int8_torchao_compiled", compiled_bytes, "bytes", tolerance=20_000)
 shrunk = {name: 1 - sizes[name] / sizes["float32"] for name in ("legacy", "torchao")}
 results.claim(
     "The file shrinks from {bytes/float32} to {bytes/dynamic_int8_legacy} by the older call and to "
@@ -698,8 +703,8 @@ results.claim(
 #
 # One sentence at a time, as a service would see them, padded to the length that the model was tested with. All
 # contenders take turns in every round, so that whatever else the machine is doing hurts them alike. To the models so
-# far we add **compiled** ones: `torch.compile` reads the whole computation and writes one program for it. Expect int8 to
-# be faster, since there is a quarter of the weights to read; the puzzle says that this will not always come true.
+# far we add **compiled** ones: `torch.compile` reads the whole computation and writes one program for it. Expect int8
+# to be faster, since there is a quarter of the weights to read; the puzzle says that this will not always come true.
 
 # %%
 torch.compiler.config.force_disable_caches = True  # so that the time is that of a first compilation
@@ -824,8 +829,7 @@ results.claim(
 #
 # For convolutions PyTorch offers no dynamic quantization. (Ask for it, and nothing happens: see the pitfalls.) So we
 # calibrate. The model is a small CNN for Fashion-MNIST
-# {cite}`xiao2017fashion`, plain enough for the oldest of the tools, the *eager* one, to handle. Chapters 2 and 3
-# take a real network and better tools.
+# {cite}`xiao2017fashion`, plain enough for the oldest of the tools, the *eager* one, to handle.
 
 # %%
 images, targets = data.fashion_mnist("train")
@@ -873,11 +877,10 @@ for epoch in range(2):
 cnn.eval();
 
 # %% [markdown]
-# Now the four steps of the eager route. **Fuse**: convolution, **batch norm** (a scale and a shift for each channel) and
-# ReLU become one operation. **Prepare**:
-# an **observer** is put behind each layer, to watch the range of what comes out. **Calibrate**: show the model some
-# *training* pictures; no labels are needed. **Convert**: each layer becomes an integer one. (All of this is
-# deprecated too, and we hush it here: what comes after it is the subject of chapter 3.)
+# Now the four steps of the eager route. **Fuse**: convolution, **batch norm** (a scale and a shift for each channel)
+# and ReLU become one operation. **Prepare**: an **observer** is put behind each layer, to watch the range of what comes
+# out. **Calibrate**: show the model some *training* pictures; no labels are needed. **Convert**: each layer becomes an
+# integer one. (All of this is deprecated too, and we hush it here; for plain layers like these it still does its work.)
 
 # %%
 warnings.filterwarnings("ignore", message=".*(torch.ao.quantization|quantized tensor|observer).*")
@@ -948,7 +951,6 @@ rows = {
     "int8, torchao, eager": "dynamic_int8_torchao",
     "int8, torchao, compiled": "dynamic_int8_torchao_compiled",
 }
-on_disk = {name: name.removesuffix("_compiled") for name in rows.values()}  # compiling does not change the file
 colours = ["0.55", "C0", "C1", "C2"]
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2.7), sharey=True)
 for place, (name, colour) in enumerate(zip(rows.values(), colours, strict=True)):
@@ -961,7 +963,7 @@ for place, (name, colour) in enumerate(zip(rows.values(), colours, strict=True))
         color=colour,
         capsize=4,
     )
-    middle.barh(place, results.recorded(f"bytes/{on_disk[name]}").value / 1e6, color=colour)
+    middle.barh(place, results.recorded(f"bytes/{name}").value / 1e6, color=colour)
     right.barh(place, results.recorded(f"latency_ms/{name}").value, color=colour)
 left.set(yticks=range(4), yticklabels=rows, title="No loss to be seen", xlabel="accuracy (%), 95 % interval")
 left.invert_yaxis()
@@ -980,7 +982,7 @@ plt.show()
 table = {
     label: {
         "accuracy": f"{results.recorded(f'accuracy/{name}'):ci}",
-        "file": f"{results.recorded(f'bytes/{on_disk[name]}')}",
+        "file": f"{results.recorded(f'bytes/{name}')}",
         "one sentence": f"{results.recorded(f'latency_ms/{name}')}",
     }
     for label, name in rows.items()
