@@ -79,7 +79,7 @@ from qft_utils import assets, data, measure, models, quantization, sentiment
 
 # %%
 plt.style.use("tableau-colorblind10")
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% [markdown]
