@@ -611,23 +611,29 @@ def simulate(model, weight_grain, activation_grain):
 
 
 # %% tags=["long"]
-some = ReviewDataset(parts["validation"].sample(400, random_state=0), tokenizer, settings.max_length)
+some = ReviewDataset(parts["validation"].sample(700, random_state=0), tokenizer, settings.max_length)
 undisturbed = predict(model, some, tokenizer)
 whole, fine = {}, {"axis": 0}  # of a weight, axis 0 counts channels; of the inputs, tokens
-disturbed = {}
+same, disturbed = {}, {}
 for weights_are, weight_grain in (("per tensor", whole), ("per channel", fine)):
     for inputs_are, input_grain in (("per batch", whole), ("per token", fine)):
         predicted = predict(simulate(model, weight_grain, input_grain), some, tokenizer)
+        same[weights_are, inputs_are] = predicted == undisturbed
         disturbed[weights_are, inputs_are] = int((predicted != undisturbed).sum())
 pd.Series(disturbed).unstack().rename_axis(index="weights", columns="activations")
 
 # %% tags=["hide-input"]
 coarse, best = disturbed["per tensor", "per batch"], disturbed["per channel", "per token"]
 only_weights, only_inputs = disturbed["per channel", "per batch"], disturbed["per tensor", "per token"]
+over_weights = measure.compare_paired(same["per channel", "per batch"], same["per channel", "per token"])
+over_inputs = measure.compare_paired(same["per tensor", "per token"], same["per channel", "per token"])
 results.claim(
     "Of {n:,} predictions (simulated), {coarse} change with both grains coarse. Finer weights alone leave {only_weights}, "
-    "finer activations alone {only_inputs}, both together {best}. Neither grain is to blame alone.",
-    best < only_weights < coarse and best < only_inputs,
+    "finer activations alone {only_inputs}, both together {best}. Both together beat finer weights alone (McNemar's p = {p_weights:.3f}) and finer activations "
+    "alone (p = {p_inputs:.3f}): neither grain is to blame by itself.",
+    best < min(only_weights, only_inputs) and not over_weights.tie and not over_inputs.tie,
+    p_weights=over_weights.p_value,
+    p_inputs=over_inputs.p_value,
     n=len(some),
     coarse=coarse,
     only_weights=only_weights,
@@ -728,15 +734,15 @@ contenders = {
 }
 with torch.inference_mode():
     calls = {name: (lambda m=m: m(**one)) for name, m in contenders.items()}
-    times = measure.latency(calls, rounds=60)
+    times = measure.latency(calls, rounds=40)
 for name, measured in times.items():
     results.metric(f"latency_ms/{name}", unit="ms", **measured.as_dict(), tolerance=0.3 * measured.median)
 pd.DataFrame({n: {"median": t.median, "lower quartile": t.q1, "upper quartile": t.q3} for n, t in times.items()}).T.round(1)
 
 # %% [markdown]
 # A compiled model is another program, so it earns a row of its own only if it is tested itself, as it is timed: one
-# padded sentence at a time. (The eager rows were tested in batches. For float and torchao that changes nothing, since
-# no sentence sees another's range; the older call takes one range for a whole batch.)
+# padded sentence at a time. (The eager rows were tested in batches. For float and torchao no
+# sentence sees another's range, so only rounding can differ; the older call takes one range for a whole batch.)
 
 
 # %% tags=["long"]
@@ -916,7 +922,7 @@ for name, made in cnn_models.items():
 # %%
 batch = to_input(test_images[:32])
 with torch.inference_mode():
-    cnn_times = measure.latency({n: (lambda m=m: m(batch)) for n, m in cnn_models.items()}, rounds=60)
+    cnn_times = measure.latency({n: (lambda m=m: m(batch)) for n, m in cnn_models.items()}, rounds=40)
 for name, measured in cnn_times.items():
     results.metric(f"latency_ms/{name}", unit="ms", **measured.as_dict(), tolerance=0.3 * measured.median)
 cnn_ratio = measure.speed_ratio(cnn_times["cnn_float32"], cnn_times["cnn_static_int8"])

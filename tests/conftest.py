@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import qft_utils  # noqa: F401  first: it makes torchvision, timm and Trainer importable beside a CPU torch
 from tools.execute import execute
@@ -54,6 +55,15 @@ def tiny_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny(tiny_book: Path) -> Chapter:
     """The one chapter of `tiny_book`."""
     return chapters(tiny_book)[0]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors gain nothing from a second thread, and on a busy machine they wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,7 @@ KEPT = ("ReviewDataset", "loader", "predict", "fine_tune")
 SETTINGS = sentiment.Settings(sentences=70, batch_size=8, learning_rate=1e-2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from a second thread, and on a busy machine they wait for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
