@@ -102,7 +102,8 @@ def load_cnn(name: str = "efficientnet_lite0") -> nn.Module:
 
 def _lite0(path: Path) -> nn.Module:
     """timm's EfficientNet-Lite0 with the packaged weights, whose tensors come in timm's order under other names."""
-    model = timm.create_model("efficientnet_lite0")
+    # The weights were trained with 0.001 added to each variance, as TensorFlow does; timm's default is less.
+    model = timm.create_model("efficientnet_lite0", bn_eps=1e-3)
     packaged = torch.load(path, map_location="cpu", weights_only=True)
     own = model.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in packaged.values()]:

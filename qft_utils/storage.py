@@ -24,7 +24,7 @@ def results_dir() -> Path:
     return Path(folder) if folder else cache_dir() / "results"
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     """Write `content` to `path` whole or not at all; an older file stays if anything fails.
 
     Raises ValueError if `content` holds NaN or infinity, TypeError if it is not JSON at all.

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qft_utils import storage
+from qft_utils.paths import cache_dir
 
 
 class StaleSweep(RuntimeError):
@@ -28,6 +30,43 @@ def write_sweep(
     content = {"sweep": name, "code": code, "environment": storage.environment()}
     storage.write_json(path, content | {"seconds": round(seconds, 1), "runs": [dict(run) for run in runs]})
     return path
+
+
+class Journal:
+    """The runs of a sweep, each kept as soon as it is made: a sweep that was killed goes on after its last one.
+
+    `code_files` as for `write_sweep`; when one of them changes, the journal begins anew.
+    """
+
+    def __init__(self, name: str, code_files: Iterable[str]) -> None:
+        self.name, self.code_files = name, sorted(code_files)
+        code = json.dumps([_file_hash(storage.ROOT / file) for file in self.code_files])
+        digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+        self.path = cache_dir() / "sweeps" / f"{name}-{digest}.json"
+        self.kept: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def run(self, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The kept run of just these settings, or that of `make()`: settings, what was measured, and `seconds`."""
+        for kept in self.kept:
+            if kept["settings"] == dict(settings):
+                return kept["run"]
+        begin = time.perf_counter()
+        run = {**settings, **make()}
+        run["seconds"] = round(time.perf_counter() - begin, 1)
+        self.kept.append({"settings": dict(settings), "run": run})
+        storage.write_json(self.path, self.kept)
+        print(f"{self.name}, run {len(self.kept)}: {_brief(run)}", flush=True)
+        return run
+
+    def write(self) -> Path:
+        """Store the runs as the sweep that chapters read. Raises as `write_sweep` does."""
+        runs = [kept["run"] for kept in self.kept]
+        return write_sweep(self.name, runs, self.code_files, sum(run["seconds"] for run in runs))
+
+
+def _brief(run: Mapping[str, Any]) -> str:
+    """A run in a line, without its lists and tables."""
+    return ", ".join(f"{name} {value}" for name, value in run.items() if not isinstance(value, list | dict))
 
 
 def load_sweep(path: str | Path) -> dict[str, Any]:
