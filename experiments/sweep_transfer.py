@@ -31,7 +31,7 @@ CODE += [f"qft_utils/qat/{name}.py" for name in ("layers", "prepare", "quantizer
 
 SETTINGS = fashion.Settings()
 SEEDS = (0, 1, 2)
-GRID_IMAGES, CHOICE_IMAGES = 6_000, 12_000
+GRID_IMAGES = 6_000  # of the grid and of the choices, which are compared at the budget that they were tuned for
 SMALL = replace(SETTINGS, images=300, epochs=20, batch_size=32)
 GRIDS = {
     "adamw": {"learning_rate": (1e-3, 2e-3, 4e-3), "weight_decay": (0.01, 0.1)},
@@ -41,6 +41,7 @@ HEAD_EPOCHS = 20  # of the frozen contender, whose pictures pass through the bod
 FLIP_AND_SHIFT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(28, padding=2)])
 
 validation = fashion.evaluation_batches("validation", SETTINGS, 2_000)
+few_validation = fashion.evaluation_batches("validation", SETTINGS, 500)  # after each of many epochs
 test = fashion.evaluation_batches("test", SETTINGS)
 
 
@@ -76,15 +77,20 @@ def measured(model: nn.Module, history: training.History, batches: DataLoader = 
     return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "history": asdict(history)}
 
 
-def fully(build, train, settings: fashion.Settings, augment: Callable | None = None, **options) -> dict:
+def fully(
+    build: Callable,
+    train: Callable,
+    settings: fashion.Settings,
+    augment: Callable | None = None,
+    tuning: bool = False,
+    **options,
+) -> dict:
     model = build(settings.seed)
     history = train(model, batches_of(settings, augment), validation, settings, **options)
-    if settings.images == GRID_IMAGES:  # the grid is judged on the validation part
-        return {"history": asdict(history)}
-    return measured(model, history)
+    return {"history": asdict(history)} if tuning else measured(model, history)
 
 
-def frozen(settings: fashion.Settings) -> dict:
+def frozen(settings: fashion.Settings, tuning: bool = False) -> dict:
     """The head alone learns, from features that are computed once."""
     model = pretrained(settings.seed)
     body = fashion.body_of(model)
@@ -94,7 +100,7 @@ def frozen(settings: fashion.Settings) -> dict:
     run = replace(settings, epochs=HEAD_EPOCHS)
     kept = fashion.loader(fashion.features(body, validation), 250)
     history = fashion.fine_tune(head, fashion.loader(seen, run.batch_size, run.seed), kept, run)
-    if settings.images == GRID_IMAGES:
+    if tuning:
         return {"history": asdict(history)}
     return measured(head, history, fashion.loader(fashion.features(body, test), 250))
 
@@ -133,7 +139,7 @@ def small(settings: fashion.Settings, bits: int | None) -> dict:
     model = pretrained(settings.seed)
     if bits is not None:
         model = qat.prepare(model, bits, 8)
-    return measured(model, fashion.fine_tune(model, batches_of(settings), validation, settings))
+    return measured(model, fashion.fine_tune(model, batches_of(settings), few_validation, settings))
 
 
 CONTENDERS = {
@@ -160,7 +166,7 @@ def main() -> None:
             for decay in GRIDS[grid]["weight_decay"]:
                 run = replace(SETTINGS, images=GRID_IMAGES, learning_rate=rate, weight_decay=decay)
                 keys = {"part": "grid", "contender": name, "learning_rate": rate, "weight_decay": decay}
-                tried.append(journal.run(keys, lambda run=run, train=train: train(run)))
+                tried.append(journal.run(keys, lambda run=run, train=train: train(run, tuning=True)))
         best = min(tried, key=lambda made: min(made["history"]["validation_loss"]))
         chosen[name] = {key: best[key] for key in ("learning_rate", "weight_decay")}
         print(f"{name}: {chosen[name]}", flush=True)
@@ -170,10 +176,10 @@ def main() -> None:
             keys = {"part": "start", "contender": name, "seed": seed, **chosen[name]}
             journal.run(keys, lambda run=run, train=train: train(run))
         for name, (tuned, options) in CHOICES.items():
-            run = replace(SETTINGS, seed=seed, images=CHOICE_IMAGES, **chosen[tuned])
+            run = replace(SETTINGS, seed=seed, images=GRID_IMAGES, **chosen[tuned])
             keys = {"part": "choices", "contender": name, "seed": seed, **chosen[tuned]}
             journal.run(keys, lambda run=run, t=tuned, options=options: CONTENDERS[t][1](run, **options))
-        for bits in (None, 8, 4, 2):
+        for bits in (None, 4):
             run = replace(SMALL, seed=seed, **chosen["fine_tuned"])
             keys = {"part": "small", "contender": f"w{bits}" if bits else "float", "seed": seed}
             journal.run(keys, lambda run=run, bits=bits: small(run, bits))
