@@ -150,7 +150,12 @@ RECIPES = {
         "qft_utils.sentiment",
         ("qft_utils.sentiment", "qft_utils.data", "qft_utils.models"),
         ("all-MiniLM-L6-v2", "reviews"),
-    )
+    ),
+    "fashion": Recipe(
+        "qft_utils.fashion",
+        ("qft_utils.fashion", "qft_utils.data", "qft_utils.models", "qft_utils.training"),
+        ("efficientnet_lite0", "fashion_mnist"),
+    ),
 }
 
 

@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from qft_utils import storage
+from qft_utils.measure import Estimate
 from qft_utils.paths import cache_dir
 
 
@@ -85,6 +89,18 @@ def load_sweep(path: str | Path) -> dict[str, Any]:
         if checkout and not source.is_file():
             raise StaleSweep(f"{file}, which made {path.name}, is gone: run `make sweeps`")
     return sweep
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of one value per seed, with Student's t interval (1908, Biometrika 6), which is wide for few seeds.
+
+    Give differences, seed by seed, to compare two contenders. Raises ValueError for fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} seed shows no spread: give the values of two or more")
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return Estimate(mean, mean - half, mean + half)
 
 
 def sweep_source(sweep: Mapping[str, Any]) -> str:

@@ -1,0 +1,120 @@
+"""Chapter 3's runs, too long for the chapter: `make sweeps` runs them and writes `results/sweeps/bits.json`.
+
+Every run starts from chapter 2's fine-tuned EfficientNet-Lite0 and takes the same extra steps. Parts, by the name in
+`part`: "grid" (a learning rate for each kind of contender, by the validation loss), "bits" (the test accuracy
+of each width before and after the extra steps, and of the float control), "practices" (one thing changed at a time,
+accuracy on the validation part, so that the test part judges no choice).
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import qft_utils.compat  # noqa: F401  first: timm imports torchvision
+
+# isort: split
+import torch
+from torch import Tensor, nn
+
+from qft_utils import assets, fashion, measure, qat, recovery, training
+from qft_utils.observers import MinMax, Percentile
+from qft_utils.sweeps import Journal
+
+CODE = ["experiments/sweep_bits.py"]
+CODE += [f"qft_utils/{name}.py" for name in ("data", "fashion", "models", "observers", "recovery", "training")]
+CODE += [f"qft_utils/qat/{name}.py" for name in ("layers", "prepare", "quantizers", "rounding", "tracing", "verbs")]
+
+SEEDS = (0, 1, 2)
+RATES = (1e-4, 3e-4, 1e-3)
+TUNED_BY = {"float": "float", "w8a8": "w8a8", "w6a6": "w8a8", "w4a4": "w4a4", "w3a3": "w2a4", "w2a2": "w2a4",
+            "w2a4": "w2a4"}  # fmt: skip
+
+Model = nn.Module
+Narrow = Callable[[Model, list[Tensor]], Model]
+
+
+def as_float(model: Model, calibration: list[Tensor]) -> Model:
+    return copy.deepcopy(model)
+
+
+def ranged(weight_bits: int, act_bits: int) -> Narrow:
+    return lambda model, calibration: recovery.narrow(model, weight_bits, act_bits, calibration)
+
+
+def learned(weight_bits: int, act_bits: int) -> Narrow:
+    return lambda model, calibration: recovery.narrow_learned(model, weight_bits, act_bits, calibration)
+
+
+CONTENDERS = {"float": as_float, "w8a8": ranged(8, 8), "w6a6": ranged(6, 6), "w4a4": ranged(4, 4),
+              "w3a3": learned(3, 3), "w2a2": learned(2, 2), "w2a4": learned(2, 4)}  # fmt: skip
+
+
+def varied(*, ends: bool = True, observing: bool = False, norms: bool = True, bits=(4, 4), **options) -> Narrow:
+    """`recovery.narrow` with one of its choices made otherwise."""
+
+    def narrow(model: Model, calibration: list[Tensor]) -> Model:
+        narrowed = qat.prepare(model, *bits, **{"observer": partial(Percentile, 99.9)} | options)
+        if ends:
+            qat.set_bits(narrowed, 8, 8, only=recovery.ENDS)
+        qat.calibrate(narrowed, calibration)
+        qat.freeze(narrowed, observers=not observing, batch_norm=not norms)
+        return narrowed
+
+    return narrow
+
+
+PRACTICES = {
+    "as_it_is": varied(),
+    "min_max": varied(observer=MinMax),
+    "still_observing": varied(observing=True),
+    "norms_frozen": varied(norms=False),
+    "per_tensor": varied(granularity="tensor"),
+    "narrow_ends": varied(ends=False),
+    "learned_step": learned(4, 4),
+    "w2a4_learned": learned(2, 4),
+    "w2a4_ranges": varied(bits=(2, 4)),
+}
+
+
+def tested(model: Model, split: str) -> dict[str, float]:
+    loss, predictions, labels = training.evaluate(model, fashion.evaluation_batches(split, fashion.Settings()))
+    accuracy = measure.accuracy(predictions, labels)
+    return {"loss": loss, "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+
+
+def recovered(base: Model, narrow: Narrow, rate: float, seed: int, split: str, before: bool = False) -> dict:
+    """Narrow, take the extra steps, and test; `before` asks for the accuracy ahead of the steps, too."""
+    settings = recovery.Settings(rate, seed=seed)
+    model = narrow(base, recovery.calibration_batches(seed))
+    ahead = {"accuracy_before": tested(model, split)["accuracy"]} if before else {}
+    recovery.recover(model, recovery.recovery_batches(settings), settings)
+    return tested(model, split) | ahead
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    base, journal, chosen = assets.trained("fashion").model, Journal("bits", CODE), {}
+    base = base.to(memory_format=torch.channels_last)
+    for name in ("float", "w8a8", "w4a4", "w2a4"):
+        tried = []
+        for rate in RATES:
+            keys = {"part": "grid", "contender": name, "learning_rate": rate}
+            make = partial(recovered, base, CONTENDERS[name], rate, 0, "validation")
+            tried.append(journal.run(keys, make))
+        chosen[name] = min(tried, key=lambda made: made["loss"])["learning_rate"]
+        print(f"{name}: {chosen[name]}", flush=True)
+    for seed in SEEDS:
+        for name, narrow in CONTENDERS.items():
+            rate = chosen[TUNED_BY[name]]
+            keys = {"part": "bits", "contender": name, "learning_rate": rate, "seed": seed}
+            before = name != "float" and seed == 0
+            journal.run(keys, partial(recovered, base, narrow, rate, seed, "test", before))
+        for name, narrow in PRACTICES.items():
+            rate = chosen["w2a4" if name.startswith("w2a4") else "w4a4"]
+            keys = {"part": "practices", "contender": name, "learning_rate": rate, "seed": seed}
+            journal.run(keys, partial(recovered, base, narrow, rate, seed, "validation"))
+    print(f"wrote {journal.write().name}")
+
+
+if __name__ == "__main__":
+    main()
