@@ -22,7 +22,11 @@ from qft_utils.sweeps import Journal
 
 CODE = ["experiments/sweep_bits.py"]
 CODE += [f"qft_utils/{name}.py" for name in ("data", "fashion", "models", "observers", "recovery", "training")]
-CODE += [f"qft_utils/qat/{name}.py" for name in ("layers", "prepare", "quantizers", "rounding", "tracing", "verbs")]
+CODE += ["qft_utils/measure.py", "qft_utils/quantization.py"]
+CODE += [
+    f"qft_utils/qat/{name}.py"
+    for name in ("inspect", "layers", "prepare", "quantizers", "rounding", "tracing", "verbs")
+]
 
 SEEDS = (0, 1, 2)
 RATES = (1e-4, 3e-4, 1e-3)

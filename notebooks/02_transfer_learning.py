@@ -144,11 +144,14 @@ def part(split, count=None):
     return Pictures(pictures[:count], classes[:count], settings.pixels)
 
 
-train_batches = loader(part("train", settings.images), settings.batch_size, settings.seed)
+def train_batches():  # made anew each time, so that every contender sees the same order
+    return loader(part("train", settings.images), settings.batch_size, settings.seed)
+
+
 validation_batches, test_batches = loader(part("validation", 2_000), 250), loader(part("test"), 250)
 results.say(
     "{train:,} pictures to learn from, {validation:,} to choose by, {test:,} to report on.",
-    train=len(train_batches.dataset),
+    train=settings.images,
     validation=len(validation_batches.dataset),
     test=len(test_batches.dataset),
 )
@@ -178,7 +181,7 @@ def new_head(model, classes=10):
     return model.to(memory_format=torch.channels_last)
 
 
-creature = new_head(creature).to(device)
+creature = new_head(creature)
 results.say(
     "The body has {body:.1f} million parameters, the new head {head:,}.",
     body=(sum(p.numel() for p in creature.parameters()) - sum(p.numel() for p in creature.classifier.parameters())) / 1e6,
@@ -268,7 +271,7 @@ def features(body, batches):
 
 # %%
 def train_head(body, epochs=20):
-    seen, kept, tested = (features(body, batches) for batches in (train_batches, validation_batches, test_batches))
+    seen, kept, tested = (features(body, batches) for batches in (train_batches(), validation_batches, test_batches))
     torch.manual_seed(settings.seed)
     head = nn.Linear(creature.num_features, 10)
     tuned = best.loc["frozen", ["learning_rate", "weight_decay"]]
@@ -294,7 +297,7 @@ results.say("With the eyes frozen: {accuracy/frozen_features:ci} of the test pic
 
 # %% tags=["long"]
 creature = creature.to(device)
-history = fine_tune(creature, train_batches, validation_batches, settings)
+history = fine_tune(creature, train_batches(), validation_batches, settings)
 creature = creature.cpu()  # what follows, int8 on x86, is a matter of the processor
 assets.keep("fashion", creature, sum(history.seconds))
 
@@ -644,7 +647,9 @@ results.claim(
 # bits. It is a safety belt. It costs a little on every layer, and it is there for the sake of a few; and whoever takes it
 # off, to see finer, is thrown through the window.
 #
-# Here is what the belt guards against. In the worst layer, look at the integers that come in:
+# Here is what the belt guards against. In the worst layer, look at the integers that come in. They leave a ReLU6, which
+# shares the grid of what goes *into* it, negative values and all; so the integer that stands for zero lies high up, and
+# everything above it, higher still.
 
 # %% mystnb={"image": {"alt": "Two histograms of the integers entering the worst layer. With eight bits many of them are above 127, where two products can overflow; with seven bits all of them are at or below 127."}}
 worst = heard.sqnr.idxmin()
@@ -652,17 +657,17 @@ worst = heard.sqnr.idxmin()
 
 def integers_into(model, name):
     caught = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, inputs, __: caught.append(inputs[0].int_repr()))
+    hook = model.get_submodule(name).register_forward_hook(lambda _, inputs, __: caught.append(inputs[0]))
     with torch.no_grad():
         model(calibration[0])
     hook.remove()
-    return caught[0].flatten()
+    return caught[0].int_repr().flatten(), caught[0].q_zero_point()
 
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, sharey=True)
-above = {}
+above, (_, zero_point) = {}, integers_into(eight, worst)
 for ax, (name, model) in zip(axes, {"eight bits": eight, "seven bits": seven}.items(), strict=True):
-    integers = integers_into(model, worst)
+    integers, _ = integers_into(model, worst)
     above[name] = (integers > 127).float().mean().item()
     ax.hist(integers.numpy(), bins=range(0, 257, 4), log=True)
     ax.axvline(127.5, color="C1")
@@ -674,10 +679,11 @@ plt.show()
 # %% tags=["hide-input"]
 results.claim(
     "With eight bits {eight:.0%} of the worst layer's inputs lie where two products can overflow, with seven bits "
-    "{seven:.0%}.",
+    "{seven:.0%}. (The zero point with eight bits is {zero_point}.)",
     above["eight bits"] > 0.05 and above["seven bits"] == 0,
     eight=above["eight bits"],
     seven=above["seven bits"],
+    zero_point=zero_point,
 )
 
 # %% [markdown]

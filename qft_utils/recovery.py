@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from qft_utils import data, fashion, qat, training
 from qft_utils.observers import Percentile
+from qft_utils.qat.quantizers import LearnedWeightQuantizer
 
 ENDS = ("conv_stem", "classifier")  # the first and the last layer of EfficientNet-Lite0
 
@@ -47,6 +48,8 @@ def narrow_learned(model: nn.Module, weight_bits: int, act_bits: int, calibratio
     """A prepared copy whose steps are learned, with its first and last layer in 8 bits."""
     narrowed = qat.prepare(model, weight_bits, act_bits, learned_step=True)
     qat.set_bits(narrowed, 8, 8, only=ENDS)
+    for layer in map(narrowed.get_submodule, ENDS):  # their steps start as those of 8 bits do, not of a narrow range
+        layer.weight_quantizer = LearnedWeightQuantizer(8, "channel", layer.weight, layer.factor_of_grid())
     qat.calibrate(narrowed, calibration)
     return narrowed
 

@@ -51,8 +51,9 @@ class Journal:
 
     def run(self, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The kept run of just these settings, or that of `make()`: settings, what was measured, and `seconds`."""
+        as_stored = json.loads(json.dumps(dict(settings)))  # JSON makes a list of a tuple
         for kept in self.kept:
-            if kept["settings"] == dict(settings):
+            if kept["settings"] == as_stored:
                 return kept["run"]
         begin = time.perf_counter()
         run = {**settings, **make()}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from qft_utils import assets, models
@@ -161,6 +162,13 @@ def test_efficientnet_lite0_holds_the_tensors_of_its_file_in_order():
         logits = model.eval()(torch.rand(2, 3, 64, 64))
     assert logits.shape == (2, 1000)
     assert logits.isfinite().all()
+
+
+def test_efficientnet_lite0_adds_to_each_variance_what_its_training_added():
+    """0.001, which no tensor of the file says, and without which the logits are others."""
+    norms = [m for m in models.load_cnn("efficientnet_lite0").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 49
+    assert {norm.eps for norm in norms} == {1e-3}
 
 
 @pytest.mark.parametrize("change", ["a tensor less", "another shape", "another order", "another model"])
