@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import TensorDataset
 
-from qft_utils import data, fashion, recovery, training
+from qft_utils import data, fashion, qat, recovery, training
 from qft_utils.qat.inspect import training_layers
 from qft_utils.qat.quantizers import LearnedInputQuantizer, LearnedWeightQuantizer
 
@@ -209,6 +209,16 @@ def test_learned_steps_start_from_the_first_batch_and_then_learn(model, calibrat
     steps = {name for name in before if name.endswith(".step")}
     assert len(steps) == 2 * 4
     assert steps <= changed(before, narrowed)
+
+
+def test_learned_ends_start_as_those_of_eight_bits_do(model, calibration):
+    narrowed = training_layers(recovery.narrow_learned(model, 2, 4, calibration))
+    wide = qat.prepare(model, 8, 8, learned_step=True)
+    qat.calibrate(wide, calibration)
+    for name in recovery.ENDS:
+        expected = training_layers(wide)[name].weight_quantizer
+        torch.testing.assert_close(narrowed[name].weight_quantizer.step, expected.step)
+        assert narrowed[name].weight_quantizer.ends == expected.ends
 
 
 # The extra steps

@@ -128,6 +128,12 @@ def test_runs_are_matched_on_exactly_their_settings(checkout, settings):
     assert len(journal().kept) == len(GRID) + 1
 
 
+def test_a_tuple_among_the_settings_is_found_again(checkout):
+    for _ in range(2):  # the second journal reads what the first has kept
+        sweeps.Journal("bits", ["code.py"]).run({"grid": (1, 2)}, dict)
+    assert len(sweeps.Journal("bits", ["code.py"]).kept) == 1
+
+
 def test_the_order_of_settings_makes_no_difference(checkout):
     Maker().sweep(journal())
     maker = Maker()

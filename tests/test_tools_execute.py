@@ -118,12 +118,20 @@ def test_guard_lets_this_machine_talk_to_itself(tmp_path):
     "path", ["notebooks/01_tiny.py", "qft_utils/deep/new.py", "requirements.lock", "results/sweeps/a.json"]
 )
 def test_key_follows_what_outputs_depend_on(tiny, path):
+    tiny.source.write_text(tiny.source.read_text() + '# reads "results/sweeps/a.json"\n')
     before = key(tiny)
     file = tiny.root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         handle.write("\n")
     assert key(tiny) != before
+
+
+def test_key_is_blind_to_a_sweep_that_the_chapter_does_not_name(tiny):
+    before = key(tiny)
+    (tiny.root / "results" / "sweeps").mkdir()
+    (tiny.root / "results" / "sweeps" / "other.json").write_text("{}")
+    assert key(tiny) == before
 
 
 def test_find_names_what_there_is(tiny_book):

@@ -73,10 +73,10 @@ def find(name: str, root: Path = ROOT) -> Chapter:
 
 
 def key(chapter: Chapter) -> str:
-    """SHA-256 over what a chapter's outputs depend on: its code, the package, the locks, stored sweeps."""
-    root = chapter.root
+    """SHA-256 over what a chapter's outputs depend on: its code, the package, the locks, the sweeps that it names."""
+    root, code = chapter.root, chapter.source.read_text(encoding="utf-8")
     locks = [root / "requirements.lock", root / "requirements-assets.lock"]
-    sweeps = (root / "results" / "sweeps").glob("*.json")
+    sweeps = [path for path in (root / "results" / "sweeps").glob("*.json") if path.name in code]
     digest = hashlib.sha256()
     for path in [chapter.source, *sorted((root / "qft_utils").rglob("*.py")), *locks, *sorted(sweeps)]:
         content = path.read_bytes()

@@ -555,27 +555,6 @@ results.claim(
 )
 
 # %% [markdown]
-# While we are here, a quirk that you can see in one line. Eager's symmetric weights run from −128 to 127, and its scale is the
-# largest weight divided by 127.5. Divide, and the largest positive weight lands on 127.5, rounds up, and is *clipped*: outside of the
-# grid, with a gradient of zero. Our scale divides by 127.
-
-# %%
-kernel = first.second[0].weight.detach()
-eager_fake = torch.ao.quantization.get_default_qat_qconfig("x86").weight()
-leaf = kernel.clone().requires_grad_()
-eager_fake(leaf).sum().backward()
-ours_leaf = kernel.clone().requires_grad_()
-quantization.fake_quantize(ours_leaf, quantization.choose_qparams(kernel, 8, symmetric=True, axis=0)).sum().backward()
-stuck, ours_stuck = int((leaf.grad == 0).sum()), int((ours_leaf.grad == 0).sum())
-results.claim(
-    "Of {channels} channels, {stuck} have their largest weight stuck in eager QAT, and {ours} in ours.",
-    stuck > 0 and ours_stuck == 0,
-    channels=len(kernel),
-    stuck=stuck,
-    ours=ours_stuck,
-)
-
-# %% [markdown]
 # ### PT2E, which replaces it
 #
 # PT2E begins at the other end: `torch.export` writes down every operation of the model, additions too, and a *quantizer* for
@@ -600,7 +579,8 @@ pt2e = allow_exported_model_train_eval(prepare_qat_pt2e(exported, quantizer))
 # %% tags=["long"]
 extra = recovery.Settings(rates["w8a8"])
 recover(pt2e, recovery.recovery_batches(extra), extra)
-int8 = allow_exported_model_train_eval(convert_pt2e(pt2e)).eval()
+int8 = allow_exported_model_train_eval(convert_pt2e(copy.deepcopy(pt2e)))  # convert_pt2e changes what it is given
+int8.eval()  # as a line of its own: here it returns nothing
 
 # %% tags=["long"]
 import torch._inductor.config  # noqa: E402
@@ -709,13 +689,11 @@ practices = {
 }
 
 
-def against(name, other):
-    pairs = zip(seeds_of("practices", name), seeds_of("practices", other), strict=True)
-    return sweeps.over_seeds([100 * (a - b) for a, b in pairs])
-
-
-effects = {name: against(name, "as_it_is") for name in practices}
-effects["w2a4_learned"] = against("w2a4_learned", "w2a4_ranges")
+recipe = seeds_of("bits", "w4a4", "validation_accuracy")
+pairs = {name: zip(seeds_of("practices", name), recipe, strict=True) for name in practices}
+learned = seeds_of("bits", "w2a4", "validation_accuracy")
+pairs["w2a4_learned"] = zip(learned, seeds_of("practices", "w2a4_ranges"), strict=True)
+effects = {name: sweeps.over_seeds([100 * (a - b) for a, b in pair]) for name, pair in pairs.items()}
 for name, effect in effects.items():
     results.metric(f"points/{name}", unit="points", **effect.as_dict(), source=source)
 
