@@ -57,6 +57,7 @@ results.start("02_transfer_learning")
 import contextlib
 import copy
 import inspect
+import io
 import warnings
 from dataclasses import replace
 
@@ -291,7 +292,7 @@ def train_head(body, epochs=20):
     torch.manual_seed(settings.seed)
     head = nn.Linear(seen.tensors[0].shape[1], 10)
     run = replace(settings, epochs=epochs, **best.loc["frozen", ["learning_rate", "weight_decay"]])
-    with contextlib.redirect_stdout(None):  # one line an epoch would be many
+    with contextlib.redirect_stdout(io.StringIO()):  # one line an epoch would be many
         fine_tune(head, loader(seen, run.batch_size, run.seed), loader(kept, 250), run)
     return training.evaluate(head, loader(tested, 250))
 
