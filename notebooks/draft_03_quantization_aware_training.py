@@ -519,6 +519,8 @@ try:
     broken(sample)
 except NotImplementedError as error:
     print(str(error).partition(". This")[0])
+else:
+    raise AssertionError("eager int8 can add without a FloatFunctional now: tell the reader so")
 
 # %% [markdown]
 # It prepares, it trains, it converts; and then it cannot add. The addition has to be a `FloatFunctional`, which is a module and
