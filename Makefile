@@ -41,6 +41,12 @@ chapter: assets ## execute one chapter now and promote it: make chapter NAME=01
 html: $(VENV)/.docs ## render the stored notebooks into _build/html; needs no torch
 	$(PY) -m tools.render
 
+sweeps: assets ## the stored runs behind the chapters, an hour each: make sweeps NAME=bits, or all of them
+	@for sweep in experiments/sweep_$(or $(NAME),*).py; do echo "$$sweep"; $(PY) "$$sweep" || exit 1; done
+
+bench: assets ## time what the chapters quote: results/bench_*.json; nothing else may run meanwhile
+	@for bench in experiments/bench_$(or $(NAME),*).py; do echo "$$bench"; $(PY) "$$bench" || exit 1; done
+
 lock: | $(PY) ## write the locks anew from what .venv holds
 	$(PY) -m tools.lock
 
