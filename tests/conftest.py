@@ -1,8 +1,10 @@
-"""Shared by the tests: the built site, a book of one tiny chapter, and a guard over tracked files."""
+"""Shared by the tests: a chapter's definitions, the built site, a tiny book, a guard over tracked files."""
 
+import ast
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -45,9 +47,7 @@ def tiny_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "qft_utils" / "__init__.py").write_text("")
     (tmp_path / "book" / "references.bib").write_text("")
     (tmp_path / "book" / "index.md").write_text("# Home\n\n[Tiny](../notebooks/01_tiny.ipynb), $x^2$\n")
-    (tmp_path / "_toc.yml").write_text(
-        "format: jb-book\nroot: book/index\nchapters:\n- file: notebooks/01_tiny\n"
-    )
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n- file: notebooks/01_tiny\n")
     return tmp_path
 
 
@@ -55,6 +55,24 @@ def tiny_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny(tiny_book: Path) -> Chapter:
     """The one chapter of `tiny_book`."""
     return chapters(tiny_book)[0]
+
+
+@pytest.fixture(scope="session")
+def defined_in() -> Callable[..., dict]:
+    """Takes a chapter and names of its functions and classes; gives them, and what it imports and `constants`."""
+
+    def definitions(chapter: str, kept: Collection[str], constants: Collection[str] = ()) -> dict:
+        statements = ast.parse((ROOT / "notebooks" / f"{chapter}.py").read_text()).body
+        defined = [s for s in statements if isinstance(s, ast.FunctionDef | ast.ClassDef) and s.name in kept]
+        assert sorted(s.name for s in defined) == sorted(kept)
+        assigned = [s for s in statements if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) in constants]
+        assert len(assigned) == len(constants)
+        imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
+        namespace = {}
+        exec(compile(ast.Module(imports + assigned + defined, []), chapter, "exec"), namespace)
+        return namespace
+
+    return definitions
 
 
 @pytest.fixture(scope="module")

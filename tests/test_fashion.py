@@ -26,16 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def chapter() -> dict:
-    """Chapter 2's own definitions, with its own imports and constants."""
-    statements = ast.parse(SOURCE).body
-    defined = [s for s in statements if isinstance(s, ast.FunctionDef | ast.ClassDef) and s.name in KEPT]
-    assert sorted(s.name for s in defined) == sorted(KEPT)
-    constants = [s for s in statements if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "(MEAN, STD)"]
-    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
-    namespace = {}
-    exec(compile(ast.Module(imports + constants + defined, []), "chapter 2", "exec"), namespace)
-    return namespace
+def chapter(defined_in) -> dict:
+    return defined_in("02_transfer_learning", KEPT, ["(MEAN, STD)"])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Chapter 3's recovery: which pictures it takes, what is narrowed and what holds still, and how it trains."""
+"""Chapter 3's recovery, its own and the package's: pictures, what is narrowed and what holds still, training."""
 
 import math
 from dataclasses import replace
@@ -221,7 +221,25 @@ def test_learned_ends_start_as_those_of_eight_bits_do(model, calibration):
         assert narrowed[name].weight_quantizer.ends == expected.ends
 
 
-# The extra steps
+# The extra steps and the chapter
+
+
+@pytest.fixture(scope="module")
+def chapter(defined_in) -> dict:
+    return defined_in("03_quantization_aware_training", ["narrow", "recover"])
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 5)], ids=str)
+def test_the_chapter_narrows_and_recovers_as_the_package_does(chapter, model, calibration, bits):
+    made = []
+    for module in (vars(recovery), chapter):
+        narrowed = module["narrow"](model, *bits, calibration)
+        start = state_of(narrowed)
+        made.append((start, state_of(module["recover"](narrowed, batches_of(), SETTINGS))))
+    for ours, theirs in zip(*made, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(made[0][0][name], made[0][1][name]) for name in made[0][0])
 
 
 @pytest.mark.parametrize("narrow", [recovery.narrow, recovery.narrow_learned, lambda model, *_: model])

@@ -20,15 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def chapter() -> dict:
-    """Chapter 1's own definitions, with its own imports."""
-    statements = ast.parse(SOURCE).body
-    defined = [s for s in statements if isinstance(s, ast.FunctionDef | ast.ClassDef) and s.name in KEPT]
-    assert sorted(s.name for s in defined) == sorted(KEPT)
-    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
-    namespace = {}
-    exec(compile(ast.Module(imports + defined, []), "chapter 1", "exec"), namespace)
-    return namespace
+def chapter(defined_in) -> dict:
+    return defined_in("01_introduction", KEPT)
 
 
 @pytest.fixture(scope="module")
