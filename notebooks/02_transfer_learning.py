@@ -623,7 +623,7 @@ for label, model in {"seven bits": seven, "eight bits": eight}.items():
 figure, axes = plt.subplots(figsize=(7, 2.6))
 for label, decibels in signal.items():
     axes.plot(range(1, len(expected) + 1), decibels, ".-", label=label)
-behind = [a < b for a, b in zip(signal["eight bits"], signal["seven bits"], strict=True)].index(True)
+behind = [*(a < b for a, b in zip(signal["eight bits"], signal["seven bits"], strict=True)), True].index(True)
 axes.set(title=f"Eight bits are ahead for {behind} convolutions; then they lose the signal")
 axes.set(xlabel="convolution, from first to last", ylabel="SQNR against float (dB)")
 axes.legend(frameon=False)
