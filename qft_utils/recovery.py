@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from qft_utils import data, fashion, qat, training
 from qft_utils.observers import Percentile
@@ -29,10 +30,10 @@ class Settings:
 
 
 def calibration_batches(seed: int = 0) -> list[Tensor]:
-    """Four batches of 64 training pictures, drawn by `seed`."""
+    """One batch of 256 pictures that the fine-tuning has seen, drawn by `seed`."""
     images, _ = data.fashion_mnist("train")
     chosen = torch.randperm(fashion.Settings().images, generator=torch.Generator().manual_seed(seed))[:256]
-    return [fashion.to_input(part, fashion.Settings().pixels) for part in images[chosen].split(64)]
+    return [fashion.to_input(images[chosen], fashion.Settings().pixels)]
 
 
 def narrow(model: nn.Module, weight_bits: int, act_bits: int, calibration: list[Tensor]) -> nn.Module:
@@ -52,6 +53,19 @@ def narrow_learned(model: nn.Module, weight_bits: int, act_bits: int, calibratio
         layer.weight_quantizer = LearnedWeightQuantizer(8, "channel", layer.weight, layer.factor_of_grid())
     qat.calibrate(narrowed, calibration)
     return narrowed
+
+
+@torch.no_grad()
+def refresh_norms(model: nn.Module, batches: DataLoader) -> nn.Module:
+    """Pass through the batches in training mode, in place: the batch norms' statistics follow, nothing is learned.
+
+    It ends in evaluation mode. Nagel et al. 2022 (arXiv 2203.11086) re-estimate them so.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    for inputs, _ in tqdm(batches, "norms", leave=False):
+        model(inputs.to(device))
+    return model.eval()
 
 
 def recovery_batches(settings: Settings) -> DataLoader:

@@ -94,7 +94,7 @@ def seen_in_fine_tuning() -> set[int]:
 
 def test_calibration_takes_pictures_that_the_fine_tuning_has_seen(numbered):
     drawn = [torch.cat(recovery.calibration_batches(*seed)).tolist() for seed in ((), (0,), (1,))]
-    assert [len(batch) for batch in recovery.calibration_batches()] == [64] * 4
+    assert [len(batch) for batch in recovery.calibration_batches()] == [256]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(len(set(numbers)) == 256 for numbers in drawn)
     assert set(drawn[0]) | set(drawn[2]) <= seen_in_fine_tuning()
@@ -111,10 +111,10 @@ def test_calibration_leaves_the_global_generator_alone(blank):
 
 def test_batches_are_inputs_of_the_fine_tuned_network(blank):
     black = fashion.to_input(torch.zeros(64, 28, 28, dtype=torch.uint8), fashion.Settings().pixels)
-    for inputs in (recovery.calibration_batches()[3], next(iter(recovery.recovery_batches(SETTINGS)))[0]):
-        assert inputs.shape == (64, 3, 64, 64)
+    for inputs in (recovery.calibration_batches()[0], next(iter(recovery.recovery_batches(SETTINGS)))[0]):
+        assert inputs.shape[1:] == (3, 64, 64)
         assert inputs.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(inputs, black)
+        assert torch.equal(inputs[:64], black)
 
 
 def test_recovery_takes_each_unseen_picture_once(numbered):
@@ -226,20 +226,48 @@ def test_learned_ends_start_as_those_of_eight_bits_do(model, calibration):
 
 @pytest.fixture(scope="module")
 def chapter(defined_in) -> dict:
-    return defined_in("03_quantization_aware_training", ["narrow", "recover"])
+    kept = ["narrow", "narrow_learned", "recover", "refresh_norms"]
+    return defined_in("03_quantization_aware_training", kept, ["ENDS"])
 
 
+@pytest.mark.parametrize("narrow", ["narrow", "narrow_learned"])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 5)], ids=str)
-def test_the_chapter_narrows_and_recovers_as_the_package_does(chapter, model, calibration, bits):
+def test_the_chapter_narrows_and_recovers_as_the_package_does(chapter, model, calibration, narrow, bits):
     made = []
     for module in (vars(recovery), chapter):
-        narrowed = module["narrow"](model, *bits, calibration)
+        narrowed = module[narrow](model, *bits, calibration)
         start = state_of(narrowed)
-        made.append((start, state_of(module["recover"](narrowed, batches_of(), SETTINGS))))
+        fresh = state_of(module["refresh_norms"](narrowed, batches_of()))
+        made.append((start, fresh, state_of(module["recover"](narrowed, batches_of(), SETTINGS))))
     for ours, theirs in zip(*made, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert any(not torch.equal(made[0][0][name], made[0][1][name]) for name in made[0][0])
+    for earlier, later in zip(made[0], made[0][1:], strict=False):
+        assert any(not torch.equal(earlier[name], later[name]) for name in earlier)
+
+
+def test_refreshed_norms_follow_the_batches_and_nothing_else_moves(model, calibration):
+    """PyTorch's own batch norm, with the average of all batches, says where the statistics should go."""
+    far = [(3 * images + 1, labels) for images, labels in list(batches_of()) * 12]
+    before = state_of(model)
+    assert recovery.refresh_norms(model, far) is model
+    assert not any(module.training for module in model.modules())
+    assert {name.rpartition(".")[2] for name in changed(before, model)} == {
+        "running_mean", "running_var", "num_batches_tracked"
+    }  # fmt: skip
+    assert all(parameter.grad is None for parameter in model.parameters())
+    exact = nn.BatchNorm2d(4, momentum=None)
+    exact(model.conv_stem(torch.cat([images for images, _ in far])))
+    torch.testing.assert_close(model.bn1.running_mean, exact.running_mean, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(model.bn1.running_var, exact.running_var, rtol=0.1, atol=0.1)
+
+
+def test_refreshing_keeps_ranges(model, calibration):
+    narrowed = recovery.narrow(model, 4, 4, calibration)
+    before = state_of(narrowed)
+    recovery.refresh_norms(narrowed, [(100 * images, labels) for images, labels in batches_of()])
+    moved = changed(before, narrowed)
+    assert moved and all(".folded." in name for name in moved)
 
 
 @pytest.mark.parametrize("narrow", [recovery.narrow, recovery.narrow_learned, lambda model, *_: model])
