@@ -32,7 +32,7 @@ test: assets ## everything: lint, unit tests, every chapter, the built site; cha
 check: setup ## lint and the fast tests, under 90 s
 	$(PY) -m ruff check .
 	$(PY) -m codespell_lib $(TEXT)
-	$(PY) -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2
 
 chapter: assets ## execute one chapter now and promote it: make chapter NAME=01
 	@test -n "$(NAME)" || { echo "Say which chapter: make chapter NAME=01"; exit 1; }
