@@ -340,8 +340,8 @@ results.claim(
 # same steps on the same pictures, without any rounding. Without it you would credit QAT with what the pictures did.
 #
 # The learning rate of every contender is its own best, by the loss on the validation part. `make sweeps` has tried three for
-# each, and one more beyond the best for as long as that stood at the edge. (A dash: not tried. The endings `_learned` and
-# `_ranges` you will meet below.)
+# each, and one more beyond the best for as long as that stood at the edge. (A dash: not tried; w6a6, which will join them, has
+# w8a8's. The endings `_learned` and `_ranges` you will meet below.)
 
 # %%
 sweep = results.load_sweep("results/sweeps/bits.json")
