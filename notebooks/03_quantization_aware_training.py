@@ -979,6 +979,18 @@ display(pd.DataFrame({
     label: {"points": f"{results.recorded(f'points/{name}'):ci}", "verdict": verdict(judged[name])} for name, label in labels_of.items()
 }).T)
 
+# %% tags=["hide-input"]
+freezing = ["observing", "observing_half", "norms_frozen", "norms_frozen_half"]
+ties = [name for name in freezing if verdict(judged[name]) == "a tie"]
+results.claim(
+    "What to freeze, and when, is what guides spend most words on. Here {ties} of {variants} variants are ties with the recipe, and "
+    "the largest difference that the intervals leave open is {open:.0f} points.",
+    len(ties) == len(freezing),
+    ties=len(ties),
+    variants=len(freezing),
+    open=max(abs(end) for name in freezing for end in (judged[name].low, judged[name].high)),
+)
+
 # %% [markdown]
 # One scale a tensor is not a matter of taste: it ruins the network. The depthwise layers are why. When their batch norms are
 # folded, some channels get weights many times larger than others; one scale must reach the largest.
