@@ -869,7 +869,7 @@ for name, slow in {"eager_float": "float_control", "inductor_float": "float_cont
 
 # %%
 shapes = {0: torch.export.Dim("batch", min=2, max=1024)}
-program = torch.export.export(int8, (sample[:2],), dynamic_shapes=(shapes,))  # two: it is saved with its example
+program = torch.export.export(int8, (sample[:2].clone(),), dynamic_shapes=(shapes,))  # it is saved with them
 torch.export.save(program, f"{folder.name}/int8.pt2")
 results.metric("bytes/qat_w8a8_pt2e", measure.bytes_on_disk(f"{folder.name}/int8.pt2"), "bytes", tolerance=300_000)
 
