@@ -83,7 +83,7 @@ from qft_utils.qat.rounding import LearnedStep
 plt.style.use("tableau-colorblind10")
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-warnings.filterwarnings("ignore", message=".*(torch.ao.quantization|quantized tensor|reduce_range|observer).*")
+warnings.filterwarnings("ignore", message=".*(torch.ao.quantization|quantized tensor|reduce_range|observer|LeafSpec).*")
 
 # %% [markdown]
 # ## Stairs and a ramp, by hand
