@@ -81,9 +81,10 @@ from qft_utils.qat.rounding import LearnedStep
 
 # %%
 plt.style.use("tableau-colorblind10")
-plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"figure.dpi": 78, "axes.spines.top": False, "axes.spines.right": False})
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", message=".*(torch.ao.quantization|quantized tensor|reduce_range|observer|LeafSpec).*")
+warnings.filterwarnings("ignore", message="(To copy construct|No complete tensor).*")  # torch's own, in compiling and saving
 
 # %% [markdown]
 # ## Stairs and a ramp, by hand
@@ -375,7 +376,7 @@ for name, model in {"float": control, **narrowed}.items():
     extra = recovery.Settings(rates[name])
     recover(model.to(device), recovery.recovery_batches(extra), extra)
     model.cpu()
-test(control, "float_control")
+test(control, "float_control");
 
 # %% [markdown]
 # ### Convert: the integers themselves
@@ -461,7 +462,7 @@ def refresh_norms(model, batches):
 # %% tags=["long"]
 extra = recovery.Settings(rates["w4a4"])
 refreshed = refresh_norms(narrow(patient, 4, 4, calibration).to(device), recovery.recovery_batches(extra)).cpu()
-test(refreshed, "norms_w4a4")
+test(refreshed, "norms_w4a4");
 
 # %% tags=["hide-input"]
 by_norms, by_gradient = points("ptq_w4a4", "norms_w4a4"), points("norms_w4a4", "qat_w4a4")
