@@ -73,7 +73,7 @@ from qft_utils import assets, data, fashion, measure, models, quantization, swee
 
 # %%
 plt.style.use("tableau-colorblind10")
-plt.rcParams.update({"figure.dpi": 78, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"figure.dpi": 70, "axes.spines.top": False, "axes.spines.right": False})
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 settings = fashion.Settings()
 settings
