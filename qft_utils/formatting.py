@@ -73,7 +73,7 @@ def _scale(metric: Metric) -> tuple[float, str]:
 
 def _last_place(metric: Metric, factor: float) -> int:
     """Exponent of the last decimal place to print: 0 for units, -1 for tenths, 1 for tens."""
-    if metric.uncertainty > 0:
+    if metric.uncertainty > 1e-12 * abs(metric.value):  # less is the rounding of equal numbers' mean
         return decimal_place(metric.uncertainty * factor)
     if factor == 1 and float(metric.value).is_integer():
         return 0

@@ -226,16 +226,14 @@ def test_learned_ends_start_as_those_of_eight_bits_do(model, calibration):
 
 @pytest.fixture(scope="module")
 def chapter(defined_in) -> dict:
-    kept = ["narrow", "narrow_learned", "recover", "refresh_norms"]
-    return defined_in("03_quantization_aware_training", kept, ["ENDS"])
+    return defined_in("03_quantization_aware_training", ["narrow", "recover", "refresh_norms"])
 
 
-@pytest.mark.parametrize("narrow", ["narrow", "narrow_learned"])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 5)], ids=str)
-def test_the_chapter_narrows_and_recovers_as_the_package_does(chapter, model, calibration, narrow, bits):
+def test_the_chapter_narrows_and_recovers_as_the_package_does(chapter, model, calibration, bits):
     made = []
     for module in (vars(recovery), chapter):
-        narrowed = module[narrow](model, *bits, calibration)
+        narrowed = module["narrow"](model, *bits, calibration)
         start = state_of(narrowed)
         fresh = state_of(module["refresh_norms"](narrowed, batches_of()))
         made.append((start, fresh, state_of(module["recover"](narrowed, batches_of(), SETTINGS))))

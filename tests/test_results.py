@@ -44,6 +44,7 @@ def record(tmp_path, monkeypatch):
         (Metric(0, "bytes"), "0 bytes", "0 bytes"),
         (Metric(2_000_000, "bytes", tolerance=30_000), "2.00 MB", "2.00 MB ± 0.03"),
         (Metric(2.0, "ratio", 2.0, 2.0), "2×", "2×"),
+        (Metric(np.mean([0.1] * 3), "fraction", low=0.1 - 1e-17, high=0.1 + 3e-17), "10.0 %", "10.0 %"),
     ],
 )
 def test_digits(metric, plain, ci):
