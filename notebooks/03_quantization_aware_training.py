@@ -433,7 +433,7 @@ for name in ("qat_w8a8", "qat_w4a4"):
 results.claim(
     "Eight bits, after the extra steps: {accuracy/qat_w8a8:ci}; the float control has {accuracy/float_control:ci}. The "
     "difference is {points_to_control/qat_w8a8:ci}, {verdict}. Four bits come back from {accuracy/ptq_w4a4} to "
-    "{accuracy/qat_w4a4:ci}, {low:.0f} to {high:.0f} points up; the control is still {points_to_control/qat_w4a4:ci} away.",
+    "{accuracy/qat_w4a4:ci}, {low:.0f} to {high:.0f} points up, {points_to_control/qat_w4a4:ci} against the control.",
     results.recorded("points_to_control/qat_w8a8").value > -0.5 and points("ptq_w4a4", "qat_w4a4").low > 5,
     verdict=verdict(points("float_control", "qat_w8a8")),
     low=points("ptq_w4a4", "qat_w4a4").low,
