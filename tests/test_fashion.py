@@ -302,7 +302,7 @@ def test_the_weights_depend_on_every_setting(pictures, change):
     assert not torch.equal(*(model.classifier.weight for model in made))
 
 
-@pytest.mark.parametrize("options", [{"augment": FLIP_AND_SHIFT}, {"loss": F.multi_margin_loss}], ids=str)
+@pytest.mark.parametrize("options", [{"augment": FLIP_AND_SHIFT}, {"loss": F.multi_margin_loss}], ids=" ".join)
 def test_the_weights_depend_on_every_choice(pictures, options):
     plain, changed = (tuned(vars(fashion), pictures, **o)[0].classifier.weight for o in ({}, options))
     assert not torch.equal(plain, changed)
