@@ -128,7 +128,7 @@ class WithTeacherLogits(Dataset):
         return len(self.logits)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], COLUMN: self.logits[index]}
+        return {**self.dataset[index], COLUMN: self.logits[index].tolist()}  # pads like a list, stacks like a tensor
 
 
 class DistillationTrainer(Trainer):

@@ -6,7 +6,9 @@
     Trainer(model=model, ..., callbacks=[BitScheduleCallback(bits)])        # transformers
 
 A step is one step of the optimizer, counted from 0; both loops train step k with the widths `bits.at(k)`. A width
-changes right after the step before, so what is measured between two stages is measured at the new width.
+changes right after the step before, so what is measured between two stages is measured at the new width. There the
+learned steps of the weights start anew, as LSQ starts them (Esser et al. 2020): a range that is right for eight bits is
+so wide for two that every weight would round to zero. Those of inputs keep their range.
 
 The widths are not in a model's state dict. A loop that ends with its best weights (`fit`, or the Trainer with
 load_best_model_at_end) may end with those of another stage, under the last stage's widths: with a learned step, which
@@ -14,16 +16,19 @@ belongs to one width, even its grid is wrong then. Take the last weights, or tra
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qft_utils.qat import set_bits
-from qft_utils.qat.quantizers import check_bits
+from qft_utils.qat.inspect import training_layers
+from qft_utils.qat.layers import TrainingLayer
+from qft_utils.qat.quantizers import LearnedWeightQuantizer, check_bits
 
 
 class Stage(NamedTuple):
@@ -125,11 +130,23 @@ def _begin_step(model: nn.Module, schedule: BitSchedule, step: int, only: Sequen
     """Set the widths if `step` is the first of a stage."""
     stage = schedule.at(step)
     if stage.start == step:
+        before = {name: layer.weight_quantizer.bits for name, layer in training_layers(model).items()}
         set_bits(model, stage.weight_bits, stage.act_bits, only=only)
+        _restart(layer for name, layer in training_layers(model).items() if layer.weight_quantizer.bits != before[name])
+
+
+@torch.no_grad()
+def _restart(layers: Iterable[TrainingLayer]) -> None:
+    """Let learned steps start from the weights as they are now."""
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if isinstance(quantizer, LearnedWeightQuantizer):
+            start = quantizer.bits, quantizer.granularity, layer.weight, layer.factor_of_grid()
+            quantizer.step.copy_(LearnedWeightQuantizer(*start).step)
 
 
 def _go_on(model: nn.Module, schedule: BitSchedule, step: int, only: Sequence[str] | None) -> None:
-    """Set the widths of `step` in a model whose state was loaded: learned steps have been rescaled for it already."""
+    """Set the widths of `step` in a model whose state was loaded, learned steps and all."""
     stage, state = schedule.at(step), copy.deepcopy(model.state_dict())
     set_bits(model, stage.weight_bits, stage.act_bits, only=only)
     model.load_state_dict(state)

@@ -248,3 +248,23 @@ def test_together_refuses_the_state_of_others():
         Together(stepper).load_state_dict(Together(rate, stepper).state_dict())
     with pytest.raises(ValueError, match=r"only is \['last'\] in the state and None here"):
         stepper.load_state_dict(BitStepper(tiny(), SCHEDULE, only=["last"]).state_dict())
+
+
+@pytest.mark.parametrize("granularity", ["channel", 2])
+def test_learned_steps_start_anew_where_the_width_changes_and_only_there(granularity):
+    model = tiny(learned_step=True, granularity=granularity)
+    layers = training_layers(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight.mul_(3)
+            layer.weight_quantizer.step.mul_(1.1)
+    kept, inputs = (layers["first"].weight_quantizer.step.clone(), layers["last"].input_quantizer.step.clone())
+    BitStepper(model, direct(2, 9), only=["last"])
+    start = layers["last"].weight.detach().unflatten(1, (-1, 2) if granularity == 2 else (1, -1)).abs().mean(-1) * 2
+    assert torch.allclose(layers["last"].weight_quantizer.step.flatten(), start.flatten())  # sqrt(qmax) is 1
+    assert torch.equal(layers["first"].weight_quantizer.step, kept)
+    assert torch.equal(layers["last"].input_quantizer.step, inputs)
+    with torch.no_grad():
+        layers["last"].weight_quantizer.step.mul_(1.1)
+    BitStepper(model, direct(2, 9), only=["last"])  # the width it has
+    assert torch.allclose(layers["last"].weight_quantizer.step.flatten(), 1.1 * start.flatten())
