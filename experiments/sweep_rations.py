@@ -2,7 +2,9 @@
 
 Parts: "cost" (sensitivities with fresh steps, and bytes), "budget" (allocated by them, and at random, at the bytes of
 three bits everywhere), "grid" and "eight" (eight bits directly, at a learning rate of its own: the rival of a rising
-schedule), "late" (a falling schedule that leaves five eighths of its steps to two bits).
+schedule), "late" (a falling schedule that leaves five eighths of its steps to two bits), "rates" (labels and the teacher
+alone, direct, at three learning rates with three seeds, on the validation part: did the grid's single runs by their loss
+choose well?).
 """
 
 from functools import partial
@@ -11,7 +13,7 @@ import qft_utils.compat  # noqa: F401  first: transformers' Trainer imports torc
 
 # isort: split
 import torch
-from sweep_schedules import BEGIN, CODE, RATES, SEEDS, STEPS, WIDTHS, Bench, at_widths, tables, tried
+from sweep_schedules import BEGIN, CODE, RATES, SEEDS, STEPS, WIDTHS, Bench, at_widths, by_schedule, tables, tried
 
 from qft_utils import allocation, evidence, narrowing, schedules, tuning
 from qft_utils.narrowing import Settings
@@ -59,6 +61,12 @@ def main() -> None:
         journal.run(keys, lambda s=seed: bench.reported(at_widths(bench, 8, s, own)))
         keys = {"part": "late", "learning_rate": rates["falling", "labels"], "seed": seed}
         journal.run(keys, partial(falling_late, bench, rates["falling", "labels"], seed))
+    for seed in SEEDS:
+        for tried_rate in RATES[1:4]:
+            for loss in ("labels", "label_free"):
+                keys = {"part": "rates", "loss_of": loss, "learning_rate": tried_rate, "seed": seed}
+                model = partial(by_schedule, bench, "direct", loss, seed, tried_rate)
+                journal.run(keys, lambda m=model: bench.judged(m(), "validation"))
     print(f"wrote {journal.write().name}")
 
 

@@ -38,6 +38,11 @@ def student(inputs) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def by_hand(defined_in) -> dict:
+    return defined_in("04_distillation", ["distillation_loss", "hidden_loss"])
+
+
 def test_each_entry_is_the_score_of_a_copy_that_was_narrowed_for_training(student, inputs):
     reference = Tiny()
     score = allocation.kl_to(reference, [inputs])
@@ -92,8 +97,8 @@ def test_widths_out_of_range_are_refused(student):
 
 
 @given(st.integers(1, 16), st.integers(2, 5), st.floats(0.5, 20), st.floats(0, 1), st.integers(0, 2**32))
-def test_the_chapters_loss_is_the_packages(defined_in, n, classes, temperature, alpha, seed):
-    by_hand = defined_in("04_distillation", ["distillation_loss"])["distillation_loss"]
+def test_the_chapters_loss_is_the_packages(by_hand, n, classes, temperature, alpha, seed):
+    by_hand = by_hand["distillation_loss"]
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(n, classes, generator=generator, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(classes, (n,), generator=generator)
@@ -102,8 +107,8 @@ def test_the_chapters_loss_is_the_packages(defined_in, n, classes, temperature, 
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**32))
-def test_the_chapters_hidden_loss_is_the_packages(defined_in, n, length, width, seed):
-    by_hand = defined_in("04_distillation", ["hidden_loss"])["hidden_loss"]
+def test_the_chapters_hidden_loss_is_the_packages(by_hand, n, length, width, seed):
+    by_hand = by_hand["hidden_loss"]
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(n, length, width, generator=generator) for _ in range(2))
     mask = torch.randint(2, (n, length), generator=generator)
