@@ -2,9 +2,9 @@
 
 Parts: "cost" (sensitivities with fresh steps, and bytes), "budget" (allocated by them, and at random, at the bytes of
 three bits everywhere), "grid" and "eight" (eight bits directly, at a learning rate of its own: the rival of a rising
-schedule), "late" (a falling schedule that leaves five eighths of its steps to two bits), "rates" (labels and the teacher
-alone, direct, at three learning rates with three seeds, on the validation part: did the grid's single runs by their loss
-choose well?).
+schedule), "late" (a falling schedule that leaves five eighths of its steps to two bits), "rates" (labels and the
+teacher alone, direct, at three learning rates with three seeds, on the validation part: did the grid's single runs,
+judged by their loss, choose well?).
 """
 
 from functools import partial
