@@ -165,7 +165,7 @@ def profiled(model):
 
 
 with torch.no_grad():
-    operations = profiled(int8).join(profiled(teacher), how="outer", lsuffix=" int8", rsuffix=" float").fillna(0)
+    operations = profiled(int8).add_suffix(" int8").join(profiled(teacher).add_suffix(" float"), how="outer").fillna(0)
 operations.sort_values("ms int8", ascending=False).head(8).round(2)
 
 # %% tags=["hide-input"]
@@ -357,7 +357,9 @@ pd.DataFrame({name: {f"from step {stage.start}": f"{stage.weight_bits} bits" for
 # probabilities, softened by a **temperature** $T$ {cite}`hinton2015distilling`:
 #
 # $$\mathcal L = \alpha\, T^2\, \mathrm{KL}\big(p^{\text{teacher}}_T \,\|\, p^{\text{student}}_T\big) + (1-\alpha)\,
-# \mathrm{CE}(\text{labels}, p^{\text{student}}),\qquad p_T = \mathrm{softmax}(\text{logits}/T).$$
+# \mathrm{CE}(\text{labels}, p^{\text{student}}_1),$$
+#
+# where $p_T = \mathrm{softmax}(\text{logits}/T)$.
 
 
 # %%
@@ -432,7 +434,7 @@ source = results.sweep_source(sweep)
 runs = pd.DataFrame(sweep["runs"])
 grid = runs[runs.part == "grid"].pivot(index="learning_rate", columns=["schedule", "loss_of"], values="loss")
 rates = grid.idxmin()
-grid.round(3).astype(object).fillna("–")
+grid.round(3).T.astype(object).fillna("–")
 
 
 # %%
@@ -522,7 +524,7 @@ for axes, (title, suffix) in zip(panels, {"labels alone": "_w2", "teacher and la
         axes.axvline(stage.start, color="0.8", linewidth=0.8, zorder=0)
         axes.text(stage.start + 0.5, axes.get_ylim()[1], f"{stage.weight_bits} bits", fontsize=7, va="top", color="0.4")
     axes.set(title=title, xlabel="step (grey: where falling narrows)", ylabel="loss (mean of four steps)")
-panels[0].legend(frameon=False, loc="lower left")
+panels[1].legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
 figure.tight_layout()
 plt.show()
 
@@ -630,10 +632,12 @@ over_losses = [[sum(of) / len(of) for of in zip(*(accuracies(k, loss) for loss i
 falling_mean = ahead("falling_against_direct_mean_of_losses", *over_losses)
 results.claim(
     "By degrees: falling is behind direct in {behind} of {pairs} pairs of runs with the same seed and loss. The mean over the three losses is "
-    "{points/falling_against_direct_mean_of_losses:ci}, {verdict}.",
+    "{points/falling_against_direct_mean_of_losses:.1f} points, the interval from {low:.1f} to {high:.1f}: {verdict}.",
     all(falling < direct for direct, falling in pairs) and falling_mean.high < 0,
     behind=sum(falling < direct for direct, falling in pairs),
     pairs=len(pairs),
+    low=falling_mean.low,
+    high=falling_mean.high,
     verdict=verdict(falling_mean),
 )
 
@@ -688,12 +692,11 @@ results.claim(
 # on the validation part, for labels and for the teacher alone, directly at two bits.
 
 # %%
-again = runs[runs.part == "rates"].groupby(["learning_rate", "loss_of"])
-by_rate = again.accuracy.agg(["mean", "min", "max"]).unstack().swaplevel(axis=1).sort_index(axis=1)
-(100 * by_rate).round(1)
+again = runs[runs.part == "rates"].groupby(["loss_of", "learning_rate"])
+(100 * again.accuracy.agg(["min", "mean", "max"])).round(1)
 
 # %% tags=["hide-input"]
-means = again.accuracy.mean().unstack()
+means = again.accuracy.mean().unstack("loss_of")
 best = means.idxmax()
 fair = ahead(
     "teacher_alone_against_labels_best_rates",
@@ -850,7 +853,7 @@ total = {"uniform": sum(of[3] for of in costs.values()), "allocated": sum(costs[
 apart = max(abs(costs[name][2] - cost[name]) for name in cost)
 results.claim(
     "It spends {spent:,} of {budget:,} bytes; the sum of costs is {allocated:.3f} nats instead of {uniform:.3f}. (Exhibit B, above, and the sweep "
-    "found the same costs at two bits, to {apart:.3f} nats.)",
+    "found the same costs at two bits, to {apart:.0e} nats.)",
     spent <= budget and apart < 0.1 * max(cost.values()),
     spent=int(spent),
     budget=int(budget),
@@ -871,7 +874,7 @@ plt.show()
 
 # %% [markdown]
 # Does it help where it matters? The allocated network, the uniform one, and *random* rations (others with each seed, within a hundredth of the same bytes)
-# took the same steps, taught by the teacher alone, at the learning rate that the trial had for two bits. Six seeds each.
+# took the same steps, taught by the teacher alone, at the learning rate that the trial had for two bits.
 
 # %% tags=["hide-input"]
 by_name = {name: seeds_of(rows=six, part="budget", name=stored) for name, stored in {"uniform": "3", "allocated": "allocated", "random": "random"}.items()}
@@ -884,10 +887,11 @@ against_random = ahead("allocated_against_random", by_name["random"], by_name["a
 results.claim(
     "Three bits everywhere: {accuracy/uniform_budget:ci} in {bytes/uniform_budget}. Allocated: {accuracy/allocated_budget:ci} in "
     "{bytes/allocated_budget}, {points/allocated_against_uniform:ci} ({first}). Random rations: {accuracy/random_budget:ci}; the allocation is "
-    "{points/allocated_against_random:ci} against them ({second}).",
+    "{points/allocated_against_random:ci} against them ({second}). All of it over {seeds} seeds.",
     against_uniform.low > 0 and against_random.low > 0,
     first=verdict(against_uniform),
     second=verdict(against_random),
+    seeds=len(by_name["uniform"]),
 )
 
 # %% [markdown]
@@ -981,10 +985,10 @@ results.say(
 # ## The puzzle, resolved
 #
 # What cured the patient was the least praised of all medicines: exercise, at the width in which he has to live. Starving him by degrees took
-# days away from that exercise, and gave nothing back. The healthy brother is good company; beside the labels he adds nothing that can be measured here, but
-# where there are no labels he can take their place. His own pupil cannot. Only the third doctor earned a fee, a small one, for looking at
-# the limbs before he dealt out the bread. And no doctor made the patient faster, since he was never ill there: the clerks in the doorways belong to the
-# house, and it takes a builder to be rid of them. Give every cure the same days, and then read the testimonials.
+# days away from that exercise and gave nothing back. The healthy brother adds nothing to the labels that can be measured here, but where there
+# are none he can take their place. His own pupil cannot. Only the third doctor earned a fee, a small one, for looking at the limbs before he
+# dealt out the bread. And no doctor made the patient faster: the clerks in the doorways belong to the house, and it takes a builder to
+# be rid of them. Give every cure the same days; then read the testimonials.
 
 # %% [markdown]
 # ## What was measured, and what the book claims
