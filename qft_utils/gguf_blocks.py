@@ -18,7 +18,7 @@ def group_parts(blocks: Tensor, bits: int) -> tuple[Tensor, ...]:
     size = {4: 20, 8: 34}[bits]
     if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % size:
         raise ValueError(f"blocks {blocks.dtype} {tuple(blocks.shape)}: need uint8, and rows of {size} bytes a group")
-    grouped = blocks.reshape(len(blocks), -1, size)  # N, K/32, size
+    grouped = blocks.reshape(len(blocks), blocks.shape[1] // size, size)  # N, K/32, size
     scale = grouped[..., :2].contiguous().view(torch.float16)[..., 0]
     if bits == 8:
         return grouped[..., 2:].contiguous().view(torch.int8).flatten(1), scale

@@ -56,7 +56,7 @@ def load(
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
     _fill(model, reader, dtype)
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{len(tokenizer)} tokens, but a table of {config.vocab_size} rows: not this model's tokenizer")
+        raise ValueError(f"{len(tokenizer)} tokens, but a table of {config.vocab_size} rows: not its tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer

@@ -16,71 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from qft_utils.gguf_blocks import GROUP, group_parts, quantized, to_blocks
+from qft_utils.packed_base import KERNEL_ROWS, Packed, check_parts, few, product
+from qft_utils.packed_tables import PackedEmbedding, PackedHead
 
-KERNEL_ROWS = {4: 128, 8: 16}  # by bits: up to here the kernel beats dequantizing, on two AVX512 cores
+__all__ = ["KERNEL_ROWS", "PackedEmbedding", "PackedHead", "PackedLinear", "kernel_interleaves"]
 _INTERLEAVED = 64  # rows that the int4 kernel packs together where the processor has AVX512
-_CHUNK = 8192  # rows of a head that are dequantized at a time
 
 
-class _Product(torch.autograd.Function):
-    """x W^T of a packed layer; the gradient for x is grad W, by the weight that the product had."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer, ctx.by_kernel = layer, layer.takes_kernel(x)
-        return _forward(x, layer)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype, as_in_kernel=ctx.by_kernel), None
-
-
-def _forward(x: Tensor, layer: nn.Module) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    product = layer.by_kernel(rows) if layer.takes_kernel(x) else layer.dequantized_product(rows)
-    return product.view(*x.shape[:-1], -1)
-
-
-def _product(x: Tensor, layer: nn.Module) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Product.apply(x, layer) if torch.is_grad_enabled() and x.requires_grad else _forward(x, layer)
-
-
-def _few(x: Tensor, bits: int) -> bool:
-    """Whether an input (..., K) is one for torch's kernels."""
-    few = 0 < x.numel() <= x.shape[-1] * KERNEL_ROWS[bits]
-    return few and x.device.type == "cpu" and x.dtype is torch.bfloat16
-
-
-class _Packed(nn.Module):
-    """Buffers that change place but never type, saved as GGUF blocks."""
-
-    def _hold(self, **buffers: Tensor | None) -> None:
-        for name, value in buffers.items():
-            self.register_buffer(name, None if value is None else value.contiguous(), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        held = {name: value for name, value in self._buffers.items() if value is not None}
-        super()._apply(fn, recurse)  # .bfloat16() of the whole model would round the scales
-        self._buffers |= {name: value.to(self._buffers[name].device) for name, value in held.items()}
-        return self
-
-    def get_extra_state(self) -> Tensor:
-        """The blocks, for `state_dict`."""
-        return self.blocks()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes the blocks of another layer of this shape."""
-        if state.shape != (own := self.blocks()).shape:
-            raise ValueError(f"blocks {tuple(state.shape)} do not fit this layer's {tuple(own.shape)}")
-        self._set(*group_parts(state.cpu(), self.bits))
-
-
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """y = x W^T + b in four bits; x (..., K), y (..., N), of the dtype of x, or of autocast where it is on.
 
-    An `nn.Linear` to whoever asks, as PEFT does, but without a `weight` that could be trained or merged into.
+    An `nn.Linear` to whoever asks, as PEFT does; its `weight` is a copy that can be neither trained nor merged into.
     """
 
     bits = 4
@@ -93,7 +39,7 @@ class PackedLinear(_Packed, nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def _set(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> None:
-        _check(codes, scale, minimum)
+        check_parts(codes, scale, minimum)
         self.out_features, self.in_features = codes.shape
         self.interleaved = kernel_interleaves(codes)
         nibbles = _to_kernel(codes) if self.interleaved else codes[:, ::2] | codes[:, 1::2] << 4
@@ -132,7 +78,7 @@ class PackedLinear(_Packed, nn.Linear):
 
     def takes_kernel(self, x: Tensor) -> bool:
         """Whether torch's int4 kernel is there for this input (..., K), and faster than dequantizing."""
-        return self.interleaved and _few(x, self.bits)
+        return self.interleaved and few(x, self.bits)
 
     def by_kernel(self, rows: Tensor) -> Tensor:
         """(M, N) by torch's int4 kernel."""
@@ -143,87 +89,8 @@ class PackedLinear(_Packed, nn.Linear):
         return rows @ self.dequantize(rows.dtype).T
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _product(x, self)
+        y = product(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class PackedEmbedding(_Packed, nn.Embedding):
-    """Rows of an 8-bit table (V, D), Q8_0: ids (...) to (..., D) of `dtype`. Nothing of it trains."""
-
-    bits = 8
-
-    def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """codes: int8 (V, D), scale: float16 (V, D/32). Raises ValueError for other shapes or types."""
-        nn.Module.__init__(self)  # as above
-        self.padding_idx = self.max_norm = None
-        self.scale_grad_by_freq, self.norm_type, self.sparse, self.dtype = False, 2.0, False, dtype
-        self._set(codes, scale)
-
-    def _set(self, codes: Tensor, scale: Tensor) -> None:
-        _check(codes, scale)
-        self.num_embeddings, self.embedding_dim = codes.shape
-        by_group = codes.view(len(codes), -1, GROUP).transpose(0, 1)  # D/32, V, 32: a matrix for the kernel each
-        self._hold(codes=by_group, scale=scale.T, kernel_scales=scale.T.bfloat16())  # D/32, V
-
-    @classmethod
-    def from_blocks(cls, blocks: Tensor, dtype: torch.dtype = torch.float32) -> "PackedEmbedding":
-        """From GGUF's Q8_0 blocks, uint8 (V, D/32 * 34)."""
-        return cls(*group_parts(blocks, 8), dtype)
-
-    @classmethod
-    def from_float(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> "PackedEmbedding":
-        """Rounds a float table (V, D) to Q8_0."""
-        return cls.from_blocks(quantized(weight, 8), dtype)
-
-    def blocks(self) -> Tensor:
-        """Q8_0 blocks again."""
-        return to_blocks(self.codes.transpose(0, 1).contiguous(), self.scale.T)
-
-    def rows(self, index: Tensor | slice, dtype: torch.dtype, as_in_kernel: bool = False) -> Tensor:
-        """The dequantized rows (..., D) at `index`."""
-        scale = (self.kernel_scales if as_in_kernel else self.scale)[:, index].float()
-        return (self.codes[:, index].float() * scale[..., None]).movedim(0, -2).flatten(-2).to(dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.rows(ids, self.dtype)
-
-
-class PackedHead(nn.Linear):
-    """Logits by the table of a `PackedEmbedding`, which it shares: x (..., D) to (..., V) of the dtype of x."""
-
-    def __init__(self, embedding: PackedEmbedding) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.register_parameter("bias", None)
-        self._shared = (embedding,)  # in a tuple, so that the codes are not listed twice
-
-    @property
-    def embedding(self) -> PackedEmbedding:
-        """Whose codes these are."""
-        return self._shared[0]
-
-    def dequantize(self, dtype: torch.dtype = torch.float32, as_in_kernel: bool = False) -> Tensor:
-        """W (V, D)."""
-        return self.embedding.rows(slice(None), dtype, as_in_kernel)
-
-    def takes_kernel(self, x: Tensor) -> bool:
-        """Whether torch's int8 kernel is there for this input (..., D), and faster than dequantizing."""
-        return _few(x, self.embedding.bits)
-
-    def by_kernel(self, rows: Tensor) -> Tensor:
-        """(M, V): the kernel has one scale a row, so each group is a product of its own; the sum is in float32."""
-        table, total = self.embedding, rows.new_zeros(len(rows), self.out_features, dtype=torch.float32)
-        for part, codes, scale in zip(rows.split(GROUP, 1), table.codes, table.kernel_scales, strict=True):
-            total += torch.ops.aten._weight_int8pack_mm(part.contiguous(), codes, scale)
-        return total.to(rows.dtype)
-
-    def dequantized_product(self, rows: Tensor) -> Tensor:
-        """(M, V), some rows of the table at a time."""
-        starts = range(0, self.out_features, _CHUNK)
-        return torch.cat([rows @ self.embedding.rows(slice(s, s + _CHUNK), rows.dtype).T for s in starts], -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self)
 
 
 def kernel_interleaves(codes: Tensor) -> bool:
@@ -248,16 +115,3 @@ def _kernel_scales(scale: Tensor, minimum: Tensor) -> Tensor:
     """bf16 (K/32, N, 2): the scale, and the value of code 8."""
     middle = minimum.float() + 8 * scale.float()
     return torch.stack([scale.float(), middle], -1).transpose(0, 1).bfloat16().contiguous()
-
-
-def _check(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> None:
-    kind = torch.int8 if minimum is None else torch.uint8
-    if codes.dtype is not kind or codes.dim() != 2 or codes.shape[1] % GROUP:
-        raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)}: need {kind} (N, K), K a multiple of {GROUP}")
-    for name, part in {"scale": scale, "minimum": minimum}.items():
-        if part is None:
-            continue
-        if part.dtype is not torch.float16 or part.shape != (len(codes), codes.shape[1] // GROUP):
-            raise ValueError(f"{name} {part.dtype} {tuple(part.shape)}: need float16 (N, K/{GROUP})")
-    if kind is torch.uint8 and codes.numel() and codes.max() > 15:
-        raise ValueError(f"code {codes.max()} is outside 0..15, what four bits hold")
