@@ -29,7 +29,7 @@ from transformers import (
 
 from qft_utils.assets import CorruptAsset
 from qft_utils.gguf_blocks import quantized
-from qft_utils.packed import PackedEmbedding, PackedHead, PackedLinear
+from qft_utils.packed import Int4Linear, Int8Embedding, Int8Head
 
 MODULES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
            "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -43,7 +43,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode, its weights packed and frozen, and its tokenizer.
 
-    dtype: of the norms and of what flows between layers; torch's 4-bit kernel is for bf16.
+    dtype: of the norms, which it rounds, and of what flows between layers; torch's 4-bit kernel is for bf16.
     Raises CorruptAsset for a file that is cut short or no GGUF; ValueError for a tensor that the architecture lacks or
     misses, a type that is not packed here, and a tokenizer with more tokens than the table has rows.
     """
@@ -134,14 +134,14 @@ def _fill(model: PreTrainedModel, reader: gguf.GGUFReader, dtype: torch.dtype) -
         else:
             model.set_submodule(name, new)
     if model.config.tie_word_embeddings:
-        model.lm_head = PackedHead(model.model.embed_tokens)
+        model.lm_head = Int8Head(model.model.embed_tokens)
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing:
         raise ValueError(f"the file has no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
 
 
 def _shape(new: nn.Module | nn.Parameter) -> tuple[int, ...]:
-    if isinstance(new, PackedEmbedding):
+    if isinstance(new, Int8Embedding):
         return new.num_embeddings, new.embedding_dim
     return (new.out_features, new.in_features) if isinstance(new, nn.Linear) else tuple(new.shape)
 
@@ -152,10 +152,10 @@ def _module(tensor, name: str, config: LlamaConfig, dtype: torch.dtype) -> nn.Mo
         case Kind.F32:
             return nn.Parameter(data.to(dtype), requires_grad=False)
         case Kind.Q4_1:
-            return PackedLinear.from_blocks(data[_rows(name, config, len(data))])
+            return Int4Linear.from_blocks(data[_rows(name, config, len(data))])
         case Kind.Q8_0 if name in ("model.embed_tokens", "lm_head"):
-            table = PackedEmbedding.from_blocks(data, dtype)
-            return table if name == "model.embed_tokens" else PackedHead(table)
+            table = Int8Embedding.from_blocks(data, dtype)
+            return table if name == "model.embed_tokens" else Int8Head(table)
     kind = tensor.tensor_type.name
     raise ValueError(f"tensor {tensor.name!r} is {kind}; Q4_1 is packed here, Q8_0 for tables: load it dense")
 
@@ -177,9 +177,9 @@ def _blocks_of(modules: dict[str, nn.Module], name: str, kind: Kind, config: Lla
     if kind == Kind.F32:
         return module.weight.detach().float().cpu().numpy()
     bits = {Kind.Q4_1: 4, Kind.Q8_0: 8}[kind]
-    if isinstance(module, PackedHead):
+    if isinstance(module, Int8Head):
         module = module.embedding
-    packed = isinstance(module, PackedLinear | PackedEmbedding) and module.bits == bits
+    packed = isinstance(module, Int4Linear | Int8Embedding) and module.bits == bits
     blocks = module.blocks().cpu() if packed else quantized(module.weight, bits)
     return blocks[_rows(name, config, len(blocks), back=True)].numpy()
 

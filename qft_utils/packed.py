@@ -1,8 +1,8 @@
 """Layers that keep GGUF's integers packed, multiply with torch's own kernels, and pass on the exact gradient.
 
-    layer = PackedLinear.from_float(linear.weight)      # four bits: half a byte a weight, and 1/8 byte of scales
-    embedding = PackedEmbedding.from_float(weight)      # eight bits
-    head = PackedHead(embedding)                        # the same codes once more: tied, stored once
+    layer = Int4Linear.from_float(linear.weight)      # four bits: half a byte a weight, and 1/8 byte of scales
+    embedding = Int8Embedding.from_float(weight)      # eight bits
+    head = Int8Head(embedding)                        # the same codes once more: tied, stored once
 
 Formats: GGUF's Q4_1 and Q8_0 (see gguf_blocks.py), whose integers, scales and minima are kept as they are. A state dict
 holds them as blocks, in an `_extra_state`, because the order of the codes in memory is that of the processor's kernel.
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from qft_utils.gguf_blocks import GROUP, group_parts, quantized, to_blocks
 from qft_utils.packed_base import KERNEL_ROWS, Packed, check_parts, few, product
-from qft_utils.packed_tables import PackedEmbedding, PackedHead
+from qft_utils.packed_tables import Int8Embedding, Int8Head
 
-__all__ = ["KERNEL_ROWS", "PackedEmbedding", "PackedHead", "PackedLinear", "kernel_interleaves"]
+__all__ = ["KERNEL_ROWS", "Int8Embedding", "Int8Head", "Int4Linear", "kernel_interleaves"]
 _INTERLEAVED = 64  # rows that the int4 kernel packs together where the processor has AVX512
 
 
-class PackedLinear(Packed, nn.Linear):
+class Int4Linear(Packed, nn.Linear):
     """y = x W^T + b in four bits; x (..., K), y (..., N), of the dtype of x, or of autocast where it is on.
 
     An `nn.Linear` to whoever asks, as PEFT does; its `weight` is a copy that can be neither trained nor merged into.
@@ -47,12 +47,12 @@ class PackedLinear(Packed, nn.Linear):
         self._hold(codes=nibbles, scale=scale, minimum=minimum, kernel_scales=kernel_scales)
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, bias: Tensor | None = None) -> "PackedLinear":
+    def from_blocks(cls, blocks: Tensor, bias: Tensor | None = None) -> "Int4Linear":
         """From GGUF's Q4_1 blocks, uint8 (N, K/32 * 20), without another rounding."""
         return cls(*group_parts(blocks, 4), bias)
 
     @classmethod
-    def from_float(cls, weight: Tensor, bias: Tensor | None = None) -> "PackedLinear":
+    def from_float(cls, weight: Tensor, bias: Tensor | None = None) -> "Int4Linear":
         """Rounds a float weight (N, K) to Q4_1."""
         return cls.from_blocks(quantized(weight, 4), bias)
 

@@ -9,7 +9,7 @@ from qft_utils.packed_base import Packed, check_parts, few, product
 _CHUNK = 8192  # rows of a head that are dequantized at a time
 
 
-class PackedEmbedding(Packed, nn.Embedding):
+class Int8Embedding(Packed, nn.Embedding):
     """Rows of an 8-bit table (V, D), Q8_0: ids (...) to (..., D) of `dtype`. Nothing of it trains."""
 
     bits = 8
@@ -28,12 +28,12 @@ class PackedEmbedding(Packed, nn.Embedding):
         self._hold(codes=by_group, scale=scale.T, kernel_scales=scale.T.bfloat16())  # D/32, V
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, dtype: torch.dtype = torch.float32) -> "PackedEmbedding":
+    def from_blocks(cls, blocks: Tensor, dtype: torch.dtype = torch.float32) -> "Int8Embedding":
         """From GGUF's Q8_0 blocks, uint8 (V, D/32 * 34)."""
         return cls(*group_parts(blocks, 8), dtype)
 
     @classmethod
-    def from_float(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> "PackedEmbedding":
+    def from_float(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> "Int8Embedding":
         """Rounds a float table (V, D) to Q8_0."""
         return cls.from_blocks(quantized(weight, 8), dtype)
 
@@ -54,10 +54,10 @@ class PackedEmbedding(Packed, nn.Embedding):
         return self.rows(ids, self.dtype)
 
 
-class PackedHead(Packed, nn.Linear):
-    """Logits by the table of a `PackedEmbedding`, which it shares: x (..., D) to (..., V) of the dtype of x."""
+class Int8Head(Packed, nn.Linear):
+    """Logits by the table of a `Int8Embedding`, which it shares: x (..., D) to (..., V) of the dtype of x."""
 
-    def __init__(self, embedding: PackedEmbedding) -> None:
+    def __init__(self, embedding: Int8Embedding) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", None)
@@ -71,7 +71,7 @@ class PackedHead(Packed, nn.Linear):
         """Nothing to take."""
 
     @property
-    def embedding(self) -> PackedEmbedding:
+    def embedding(self) -> Int8Embedding:
         """Whose codes these are."""
         return self._shared[0]
 
