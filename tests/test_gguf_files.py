@@ -1,69 +1,15 @@
 """GGUF files in and out: against transformers' own dense reader, and byte for byte against the file itself."""
 
-import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaForCausalLM
 
 from qft_utils import assets, gguf_files
 from qft_utils.packed import Int4Linear, Int8Embedding, Int8Head
-
-TOKENS = [*bytes_to_unicode().values(), "th", "the", "<|endoftext|>"]
-CONFIG = LlamaConfig(
-    vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, rope_theta=10000.0,
-)  # fmt: skip
-NORMS = ("attn_norm", "ffn_norm", "output_norm")
-
-
-def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """By GGUF's names, in GGUF's order of rows."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, inner, keys = 64, 96, 32
-    shapes = {"attn_q": (hidden, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden),
-              "attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
-              "ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,)}  # fmt: skip
-    named = {"token_embd.weight": (len(TOKENS), hidden), "output_norm.weight": (hidden,)}
-    named |= {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in shapes.items()}
-    made = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in named.items()}
-    return {name: value + 1 if len(value.shape) == 1 else value for name, value in made.items()}
-
-
-def write(path, weights=None, kinds=None, tokens=TOKENS, architecture="llama"):
-    """A whole small model in the layout of llama.cpp's own converter."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["t h", "th e"])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id):
-        add(len(tokens) - 1)
-    for name, value in (tensors() if weights is None else weights).items():
-        norm, default = value.dim() == 1, Kind.Q8_0 if name.startswith(("token_embd", "output.")) else Kind.Q4_1
-        kind = (kinds or {}).get(name, Kind.F32 if norm else default)
-        data = value.numpy() if kind == Kind.F32 else gguf.quants.quantize(value.numpy(), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from tests.tiny_gguf import CONFIG, TOKENS, tensors, write
 
 
 @pytest.fixture(scope="module")
