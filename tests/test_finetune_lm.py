@@ -106,7 +106,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(file, texts, tmp_path):
     code = (
         "import os, sys\nfrom qft_utils import finetune_lm\nfrom transformers import TrainerCallback, Trainer\n"
         "step = Trainer.training_step\ncount = []\n"
-        "def training_step(*a, **k):\n    count.append(1)\n    if len(count) == 5: os._exit(9)\n    return step(*a, **k)\n"
+        "def training_step(*a, **k):\n    count.append(1)\n    if len(count) == 5: os._exit(9)\n"
+        "    return step(*a, **k)\n"
         "Trainer.training_step = training_step\nfinetune_lm.main(sys.argv[1:])"
     )
     assert run([sys.executable, "-c", code, *stopped]).returncode == 9
