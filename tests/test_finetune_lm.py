@@ -32,8 +32,8 @@ def rows(tokenizer, length=32):
     return language.pack(language.documents(TEXTS.split("\n\n"), tokenizer, length), length, tokenizer.pad_token_id)
 
 
-def options(file, texts, output, **changes):
-    given = {"model": file, "texts": texts, "output": output, "steps": 6, "batch-size": 2, "length": 32, "rank": 4}
+def options(model, written, output, **changes):
+    given = {"model": model, "texts": written, "output": output, "steps": 6, "batch-size": 2, "length": 32, "rank": 4}
     return [part for name, value in (given | changes).items() for part in (f"--{name}", str(value))]
 
 
@@ -136,7 +136,7 @@ def test_the_result_can_be_loaded_again(file, texts, tmp_path):
     ],
 )
 def test_errors_are_one_line(file, texts, tmp_path, capsys, change, message):
-    assert finetune_lm.main(options(file, texts, tmp_path / "out", **change)) == 1
+    assert finetune_lm.main(options(**{"model": file, "written": texts, "output": tmp_path / "out"} | change)) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

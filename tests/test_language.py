@@ -98,7 +98,8 @@ def test_no_token_sees_another_document(model):
     first, second = parts(9, 5)
     row = pack([first, second], 16, pad=0)[0]
     alone = model(torch.tensor([second])).logits[0]
-    torch.testing.assert_close(row_logits(model, row, use_cache=False)[9:14], alone)
+    # Another order of the same sums, in float32; a leak is thousands of times larger.
+    torch.testing.assert_close(row_logits(model, row, use_cache=False)[9:14], alone, rtol=1e-3, atol=1e-4)
     assert (row_logits(model, row, use_cache=True)[9:14] - alone).abs().max() > 0.1, "transformers mended this: say so"
 
 
