@@ -664,8 +664,8 @@ results.claim(
 )
 
 # %% [markdown]
-# That is not what the papers promise. Before you believe it, look for what could have gone wrong in the trial itself. Two suspects:
-# the time that falling had at the end, and the learning rate that the teacher's pupil was given.
+# That is not what the papers promise. Before you believe it, look for what could have gone wrong in the trial itself. Three suspects:
+# the time that falling had at the end, the learning rate that the teacher's pupil was given, and the small number of seeds.
 
 # %% [markdown]
 # **Too little time at the end?** Each stage had a quarter of the steps, the last one under the last, smallest learning rates. Here is a
