@@ -18,14 +18,14 @@
 #
 # > "If I only had a brain," said the Scarecrow, "I should remember every film in the Emerald City's archive."
 # >
-# > The Tin Woodman looked into the straw. There *was* a brain, and a large one; but somebody had pressed it flat to save room in the cart. Each
+# > The Tin Woodman looked into the straw. There *was* a brain, but somebody had pressed it flat to save room in the cart. Each
 # > thought had been pushed into one of sixteen drawers, and the drawers were nailed shut.
 # >
 # > "Then pull out the nails," said the Lion, without much courage.
 # >
 # > "They would not go back in," said the Woodman. "Let me pin a slip of paper to each drawer instead. On it you may write what it ought to have said."
 # >
-# > So they walked, and the Scarecrow read plots, and wrote on slips. By the second poppy field he told stories like the archive's own.
+# > So they walked, and the Scarecrow read plots, and wrote on slips. By the second poppy field he told fine stories.
 # >
 # > "Now we copy the slips into the drawers," said the Lion, "and throw the paper away."
 # >
