@@ -1,4 +1,4 @@
-"""Chapter 5's runs, too long for the chapter: `make sweeps NAME=lm` writes `results/sweeps/lm.json`.
+"""A draft, not yet run: chapter 5's runs. Renamed to sweep_lm.py, `make sweeps NAME=lm` will write results/sweeps/lm.json.
 
 All of them fine-tune the packaged model on plots for the same steps, and are judged by perplexity on plots of other
 films. Parts, by the name in `part`: "grid" (a learning rate for each method, on the validation part), "main" (methods,
@@ -26,7 +26,7 @@ from qft_utils.finetune_lm import PACKAGED, Settings
 from qft_utils.packed import Int4Linear
 from qft_utils.sweeps import Journal
 
-CODE = ["experiments/sweep_lm.py"]
+CODE = ["experiments/draft_sweep_lm.py"]
 CODE += [f"qft_utils/{n}.py" for n in ("data", "finetune_lm", "gguf_blocks", "gguf_files", "language", "packed")]
 CODE += [f"qft_utils/{n}.py" for n in ("packed_base", "packed_tables", "tuning")]
 
