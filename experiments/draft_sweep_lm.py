@@ -1,4 +1,4 @@
-"""A draft, not yet run: chapter 5's runs. Renamed to sweep_lm.py, `make sweeps NAME=lm` will write results/sweeps/lm.json.
+"""A draft, not yet run: chapter 5's runs. As sweep_lm.py, `make sweeps NAME=lm` would write results/sweeps/lm.json.
 
 All of them fine-tune the packaged model on plots for the same steps, and are judged by perplexity on plots of other
 films. Parts, by the name in `part`: "grid" (a learning rate for each method, on the validation part), "main" (methods,
