@@ -46,33 +46,40 @@ def documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: 
     return found
 
 
-def pack(parts: Sequence[Sequence[int]], length: int, pad: int) -> datasets.Dataset:
+def pack(
+    parts: Sequence[Sequence[int]], length: int, pad: int, given: Sequence[int] | None = None
+) -> datasets.Dataset:
     """Rows of `length` tokens, each filled with whole documents: columns input_ids, position_ids, labels.
 
     The longest document is placed first, each into the fullest row that has room for it (best fit). What stays empty
-    is filled with `pad`, which no label asks for. Raises ValueError for a document that is longer than a row.
+    is filled with `pad`, which no label asks for.
+    given: how many tokens of each are a prompt, which no label asks for either; by default the first one.
+    Raises ValueError for a document that is longer than a row, and for one in which nothing is predicted.
     """
+    given = [1] * len(parts) if given is None else given
     longest = max(map(len, parts), default=0)
     if longest > length or not parts:
         raise ValueError(f"{len(parts)} documents, the longest of {longest} tokens, for rows of {length}")
-    rows: list[list[Sequence[int]]] = []
+    if not all(0 < prompt < len(part) for part, prompt in zip(parts, given, strict=True)):
+        raise ValueError(f"{len(parts)} documents: each needs a token to begin with, and one to predict")
+    rows: list[list[tuple[Sequence[int], int]]] = []
     room: list[list[int]] = [[] for _ in range(length + 1)]  # by free tokens: which rows
-    for part in sorted(parts, key=len, reverse=True):
+    for part, prompt in sorted(zip(parts, given, strict=True), key=lambda pair: len(pair[0]), reverse=True):
         free = next((f for f in range(len(part), length + 1) if room[f]), None)
         row = room[free].pop() if free is not None else len(rows)
         if free is None:
             rows.append([])
-        rows[row].append(part)
+        rows[row].append((part, prompt))
         room[(length if free is None else free) - len(part)].append(row)
     return datasets.Dataset.from_list([_row(row, length, pad) for row in rows])
 
 
-def _row(parts: Sequence[Sequence[int]], length: int, pad: int) -> dict[str, list[int]]:
-    rest = length - sum(map(len, parts))
+def _row(parts: Sequence[tuple[Sequence[int], int]], length: int, pad: int) -> dict[str, list[int]]:
+    rest = length - sum(len(part) for part, _ in parts)
     return {
-        "input_ids": [token for part in parts for token in part] + [pad] * rest,
-        "position_ids": [place for part in parts for place in range(len(part))] + [0] * rest,
-        "labels": [token for part in parts for token in (IGNORED, *part[1:])] + [IGNORED] * rest,
+        "input_ids": [token for part, _ in parts for token in part] + [pad] * rest,
+        "position_ids": [place for part, _ in parts for place in range(len(part))] + [0] * rest,
+        "labels": [t for part, n in parts for t in ([IGNORED] * n + list(part[n:]))] + [IGNORED] * rest,
     }
 
 
@@ -151,13 +158,27 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     return Estimate(float(value), float(value - half), float(value + half))
 
 
-def label_losses(model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
-    """Nats of each answer after each prompt, (prompts, answers): the least is what the model would say.
+@torch.inference_mode()
+def label_losses(
+    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[int], batch_size: int = 16
+) -> Tensor:
+    """Nats of each answer, a token, after each prompt, (prompts, answers): the least is what the model would say.
 
-    Raises ValueError for an empty prompt or answer.
+    The model is in evaluation mode, and takes `logits_to_keep` as transformers' causal models do: only the last
+    place of each prompt goes through the head. Raises ValueError for an empty prompt.
     """
-    if not all(prompts) or not all(answers):
-        raise ValueError("an empty prompt or answer has no likelihood: give at least one token of each")
-    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    losses = document_losses(model, [[*p, *a] for p, a in pairs], [len(p) for p, _ in pairs])
-    return torch.tensor(losses.nats).view(len(prompts), len(answers))
+    if not all(prompts):
+        raise ValueError("an empty prompt has no next token: give at least one token of each")
+    device, order = next(model.parameters()).device, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = torch.empty(len(prompts), len(answers))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        last = torch.tensor([len(prompts[i]) - 1 for i in chosen])
+        width = int(last.max()) + 1
+        ids = torch.tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in chosen], device=device)
+        places, which = last.unique(return_inverse=True)
+        mask = (torch.arange(width) <= last[:, None]).to(device)
+        logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=places.to(device)).logits
+        said = logits[torch.arange(len(chosen)), which].float().log_softmax(-1)  # N, V
+        found[chosen] = -said[:, list(answers)].cpu()
+    return found

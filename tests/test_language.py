@@ -131,21 +131,25 @@ def test_the_model_stays_in_its_mode(model):
 
 
 def test_labels_are_judged_after_their_prompt(model):
-    prompts, answers = parts(1, 6), parts(2, 1, seed=3)
-    have = label_losses(model, prompts, answers)
-    assert have.shape == (2, 2)
+    prompts, answers = parts(1, 6, 6, 11, 3), [4, 7]
+    have = label_losses(model, prompts, answers, batch_size=3)
     for i, prompt in enumerate(prompts):
-        for j, answer in enumerate(answers):
-            with torch.no_grad():
-                logs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            want = -sum(logs[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer))
-            assert have[i, j].item() == pytest.approx(want, rel=1e-4)
+        with torch.no_grad():
+            want = -model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[answers]
+        torch.testing.assert_close(have[i], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prompts, answers", [([[]], [[1]]), ([[1]], [[1], []])])
-def test_nothing_has_no_likelihood(model, prompts, answers):
-    with pytest.raises(ValueError, match="empty prompt or answer"):
-        label_losses(model, prompts, answers)
+def test_nothing_has_no_likelihood(model):
+    with pytest.raises(ValueError, match="empty prompt"):
+        label_losses(model, [[1], []], [1])
+
+
+def test_a_prompt_in_a_row_asks_for_nothing():
+    pair = parts(9, 5)
+    rows = pack(pair, 16, pad=0, given=[7, 4])
+    assert rows[0]["labels"] == [-100] * 7 + pair[0][7:] + [-100] * 4 + pair[1][4:] + [-100] * 2
+    with pytest.raises(ValueError, match="one to predict"):
+        pack(pair, 16, pad=0, given=[9, 1])
 
 
 @pytest.mark.parametrize("several", [[], [[1]], [[1, 2], []]])
