@@ -49,7 +49,7 @@ CODE += [f"qft_utils/{n}.py" for n in ("pack_model", "packed_base", "packed_tabl
 
 NAME = "SmolLM2-135M-Instruct"
 SEEDS = (0, 1, 2)
-BASE = Settings(steps=20)
+BASE = Settings(steps=16)
 JUDGES = {"validation": 40, "test": 100}  # plots, drawn once; chapter 5 draws the same
 LADDERS = {
     "qlora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
