@@ -18,7 +18,7 @@ unexport PYTHONPATH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: book test check chapter html sweeps bench lock clean help setup assets system
+.PHONY: book test check chapter html exercises release grade sweeps bench lock clean help setup assets system
 
 book: assets ## install, execute every chapter that changed, render _build/html
 	$(PY) -m tools.execute
@@ -40,6 +40,17 @@ chapter: assets ## execute one chapter now and promote it: make chapter NAME=01
 
 html: $(VENV)/.docs ## render the stored notebooks into _build/html; needs no torch
 	$(PY) -m tools.render
+
+exercises: setup ## run the exercise notebooks and write them with their outputs
+	$(PY) -m tools.exercises
+
+release: setup ## release/: the exercises as students get them, and a zip of them; classroom/: nbgrader's course
+	$(PY) -m tools.classroom.release $(if $(EXERCISES),--exercises "$(EXERCISES)")
+
+grade: setup ## grades/ of a folder of returned notebooks: make grade SUBMISSIONS=dir [SEED=17] [JOBS=2] [EXERCISES=dir]
+	@test -n "$(SUBMISSIONS)" || { echo "Say which folder: make grade SUBMISSIONS=returned"; exit 1; }
+	$(PY) -m tools.classroom.grade "$(SUBMISSIONS)" $(if $(EXERCISES),--exercises "$(EXERCISES)") \
+	$(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter no,$(SANDBOX)),--no-sandbox)
 
 sweeps: assets ## the stored runs behind the chapters, an hour each: make sweeps NAME=bits, or all of them
 	@for name in $(or $(NAME),$(SWEEPS)); do echo "$$name"; $(PY) experiments/sweep_$$name.py || exit 1; done

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import yaml
 
-from tools import colab
+from tools import colab, exercises
 from tools.layout import ROOT, BuildError, chapters, relative, stage
 
 EXTENSIONS = Path(__file__).resolve().parent / "sphinx_ext"
@@ -61,11 +62,24 @@ def _collect(root: Path, source: Path, executed: bool) -> None:
         if not notebook.is_file():
             name = relative(notebook, root)
             raise BuildError(f"{name} is missing: run `make chapter NAME={chapter.number}`")
-        shutil.copy(notebook, source / "notebooks")
+        exercise = root / "notebooks" / "exercises" / chapter.notebook.name
+        _copy_chapter(notebook, source / "notebooks", exercise)
         figure = chapter.executed / chapter.figure.name if executed else chapter.figure
         if figure.is_file():  # pages show it as ../results/figures/NN_name.png, the place where it is committed
             (source / "results" / "figures").mkdir(parents=True, exist_ok=True)
             shutil.copy(figure, source / "results" / "figures")
+
+
+def _copy_chapter(notebook: Path, folder: Path, exercise: Path) -> None:
+    """The chapter's page and, where it has exercises, theirs, with a link from one to the other."""
+    if not exercise.is_file():
+        shutil.copy(notebook, folder)
+        return
+    content = nbformat.read(notebook, as_version=4)
+    content.cells.append(exercises.link_cell(exercise.stem))
+    nbformat.write(content, folder / notebook.name)
+    (folder / "exercises").mkdir(exist_ok=True)
+    nbformat.write(exercises.page(nbformat.read(exercise, as_version=4)), folder / "exercises" / exercise.name)
 
 
 def _sphinx(source: Path, config: Path, toc: Path, out: Path) -> None:

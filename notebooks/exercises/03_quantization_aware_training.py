@@ -41,13 +41,18 @@ def rounded(weight, bits):
     return quantization.fake_quantize(weight, quantization.choose_qparams(weight, bits, symmetric=True, axis=0))
 
 
-def small_task(generator, features=16, classes=4, rows=300):
-    """A linear classifier that has learned a little, and rows to train and to test it: start, (x, y), (x, y), in float64."""
-    truth = torch.randn(classes, features, generator=generator).double()
-    x = torch.randn(2 * rows, features, generator=generator).double()
-    y = (x @ truth.T + torch.randn(2 * rows, classes, generator=generator)).argmax(1)
-    start = 0.2 * truth + 0.1 * torch.randn(classes, features, generator=generator)
-    return start, (x[:rows], y[:rows]), (x[rows:], y[rows:])
+def small_task(generator, features=16, outputs=8, rows=300):
+    """A linear regression with correlated inputs, in float64: weights that have learned a little, and rows (x, y) to train,
+    to validate and to test."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    truth = normal(outputs, features)
+    x = normal(2 * rows, 2) @ normal(2, features) / 2**0.5 + 0.3 * normal(2 * rows, features)  # two causes move all the features
+    y = x @ truth.T + 0.3 * normal(2 * rows, outputs)
+    start = truth + 0.3 * normal(outputs, features)
+    return start, *zip(x.split([rows, rows // 2, rows - rows // 2]), y.split([rows, rows // 2, rows - rows // 2]), strict=True)
 
 # %% [markdown] nbgrader={"grade": false, "grade_id": "e1_fake_quantize_text", "locked": true, "points": 0, "schema_version": 3, "solution": false, "task": false, "cell_type": "markdown"}
 # ## 1. The stairs (2 points)
@@ -138,9 +143,9 @@ def straight_through(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: 
 
 
 # %% nbgrader={"grade": true, "grade_id": "e2_straight_through_test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false, "cell_type": "code"}
-def _value_and_slope(rounding, x, above):
+def _value_and_slope(rounding, arguments, x, above):
     x = x.clone().requires_grad_()
-    value = rounding(x)
+    value = rounding(x, *arguments)
     assert value.requires_grad, "your result has no gradient at all: do not detach the whole of it"
     return value.detach(), torch.autograd.grad(value, x, above)[0]
 
@@ -148,7 +153,7 @@ def _value_and_slope(rounding, x, above):
 # Two bits, scale 0.5, q in -2..1: levels -1, -0.5, 0, 0.5. Of these, the last but two lie within half a step beyond the ends.
 _x = torch.tensor([0.1, -0.4, 0.6, -1.2, 0.9, -1.4])
 _ones = torch.ones(6)
-_value, _slope = _value_and_slope(lambda x: straight_through(x, 0.5, 0, -2, 1), _x, _ones)
+_value, _slope = _value_and_slope(straight_through, (0.5, 0, -2, 1), _x, _ones)
 assert torch.allclose(_value, torch.tensor([0.0, -0.5, 0.5, -1.0, 0.5, -1.0]), atol=1e-5), (
     f"forwards the result must lie on the stairs: the levels -1, -0.5, 0 and 0.5. Yours is {[round(v, 3) for v in _value.tolist()]}; only the gradient is a ramp"
 )
@@ -159,10 +164,10 @@ assert (_slope[2:4] > 0.5).all(), (
 )
 assert torch.allclose(_slope, torch.tensor([1.0, 1, 1, 1, 0, 0]), atol=1e-5), f"the gradient must be 1 on the grid and 0 beyond; yours is {_slope.tolist()}"
 _above = torch.tensor([2.0, -3, 4, 5, 6, 7])
-_slope = _value_and_slope(lambda x: straight_through(x, 0.5, 0, -2, 1), _x, _above)[1]
+_slope = _value_and_slope(straight_through, (0.5, 0, -2, 1), _x, _above)[1]
 assert not torch.allclose(_slope, torch.tensor([1.0, 1, 1, 1, 0, 0]), atol=1e-5), "your gradient ignores the one from above: multiply by it (the chain rule)"
 assert torch.allclose(_slope, torch.tensor([2.0, -3, 4, 5, 0, 0]), atol=1e-4), f"for the gradient {_above.tolist()} from above, yours is {_slope.tolist()}"
-_value, _slope = _value_and_slope(lambda x: straight_through(x, 0.5, 1, 0, 3), torch.tensor([0.9, -0.6, 1.4]), torch.ones(3))
+_value, _slope = _value_and_slope(straight_through, (0.5, 1, 0, 3), torch.tensor([0.9, -0.6, 1.4]), torch.ones(3))
 assert torch.allclose(_slope, torch.tensor([1.0, 1, 0]), atol=1e-5), "with a zero_point the gradient is wrong at the ends: compare round(x / s) + z with qmin and qmax, not round(x / s)"
 ### BEGIN HIDDEN TESTS
 _generator = torch.Generator().manual_seed(int(os.environ.get("QFT_SEED", "2026")))
@@ -176,8 +181,8 @@ for _ in range(20):
     _x = off_the_ties(_shape, _scale, -(2**_bits), 2**_bits, _generator)
     _above = torch.randn(_shape, generator=_generator)
     _arguments = _scale, _zero, _qmin, _qmax
-    _want = _value_and_slope(lambda x: torch.fake_quantize_per_tensor_affine(x, *_arguments), _x, _above)  # noqa: B023
-    _got = _value_and_slope(lambda x: straight_through(x, *_arguments), _x, _above)  # noqa: B023
+    _want = _value_and_slope(torch.fake_quantize_per_tensor_affine, _arguments, _x, _above)
+    _got = _value_and_slope(straight_through, _arguments, _x, _above)
     assert torch.allclose(_got[0], _want[0], rtol=1e-4, atol=1e-4 * _scale), f"your values differ from torch's for (scale, zero_point, qmin, qmax) = {_arguments}"
     assert torch.allclose(_got[1], _want[1], rtol=1e-4, atol=1e-5), f"your gradient differs from torch's for (scale, zero_point, qmin, qmax) = {_arguments}"
 ### END HIDDEN TESTS
@@ -383,48 +388,51 @@ for _ in range(20):
 # %% [markdown] nbgrader={"grade": false, "grade_id": "e5_compare_text", "locked": true, "points": 0, "schema_version": 3, "solution": false, "task": false, "cell_type": "markdown"}
 # ## 5. Project: who gets the praise? (4 points)
 #
-# A linear classifier, logits $x W^\top$, has learned a little in float. It must go down to two bits. You have some extra steps
+# A linear regression, $\hat{y} = x W^\top$, has learned a little in float. It must go down to two bits. You have some extra steps
 # to spend. Is it better to spend them in float and to round at the end, or to spend them on the stairs? And how much of the
-# gain is the steps' alone? Build the comparison that can tell. Five contenders, each scored by the mean cross-entropy on the
-# **test** rows:
+# gain is the steps' alone? Build the comparison that can tell. Five contenders, each scored by its mean squared error on the
+# **held-out** rows that you are given:
 #
 # | name | trained | scored |
 # |---|---|---|
 # | `"start"` | no extra steps | in float |
 # | `"start_ptq"` | no extra steps | rounded |
 # | `"control"` | extra steps in float | in float |
-# | `"control_ptq"` | the same steps in float | rounded afterwards |
-# | `"qat"` | as many steps, each with the rounded weights in the forward pass | rounded |
+# | `"control_ptq"` | the same extra steps in float | rounded afterwards |
+# | `"qat"` | as many steps, each with rounded weights in the forward pass | rounded |
 #
-# A step is plain gradient descent on the mean cross-entropy of all the **train** rows: $W \leftarrow W - \eta\,\partial L/\partial W$, with no
-# momentum and no decay (`torch.optim.SGD` does it). Every contender begins at `start`, and is scored after its last step. `rounding` is a
-# function from weights to fake-quantized weights that has a straight-through gradient already, such as `partial(rounded, bits=2)`
-# from the first cell.
+# A step is plain gradient descent on `F.mse_loss` over all the **train** rows, with no momentum and no weight decay. The learning
+# rate falls in a straight line: step $t = 0, 1, \ldots, n - 1$ of $n$ takes $\eta\,(1 - t/n)$. (On the stairs the gradient does not
+# fade near the end, so the steps must.) Every contender begins at `start`, and is scored after its last step. `rounding` is a function from
+# weights to fake-quantized weights that already has a straight-through gradient, such as `partial(rounded, bits=2)` from the
+# first cell.
 #
-# Expect the control to beat the start: extra steps help float as well. Expect `"qat"` to beat `"control_ptq"`, its rival at equal
-# steps, and to stay behind `"control"`. The test cell checks all three, and prints the table.
+# The test cell then calls your function at several rates, lets every contender have its own best by the *validation* rows, and
+# prints the errors on the *test* rows. Expect the control to beat the start: extra steps help float as well. Expect `"qat"` to stay
+# behind the control, but to beat `"control_ptq"`, its rival at equal steps. The inputs are correlated, so one weight can
+# make up for what another loses in rounding; only QAT gives it the chance. The cell checks all three.
 
 # %% nbgrader={"grade": false, "grade_id": "e5_compare", "locked": false, "points": 0, "schema_version": 3, "solution": true, "task": false, "cell_type": "code"}
-def compare(start: Tensor, train: tuple, test: tuple, rounding, steps: int, learning_rate: float) -> dict[str, float]:
-    """Test losses of the five contenders, by name.
+def compare(start: Tensor, train: tuple, held_out: tuple, rounding, steps: int, learning_rate: float) -> dict[str, float]:
+    """Mean squared errors of the five contenders on the held-out rows, by name.
 
-    start: (classes, features), float64; keep it as it is. train, test: pairs of inputs (rows, features), float64,
-    and labels (rows,). rounding: takes weights and returns them fake-quantized, in the same shape.
+    start: weights (outputs, features), float64; they are left as they are. train, held_out: pairs of inputs (rows, features)
+    and targets (rows, outputs), float64. rounding: takes weights, returns them fake-quantized, in the same shape.
     """
     ### BEGIN SOLUTION
     def trained(forward):
         weight = start.clone().requires_grad_()  # a copy for each contender: none begins where another ended
-        optimizer = torch.optim.SGD([weight], lr=learning_rate)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(train[0] @ forward(weight).T, train[1]).backward()
-            optimizer.step()
+        for t in range(steps):
+            loss = F.mse_loss(train[0] @ forward(weight).T, train[1])
+            (slope,) = torch.autograd.grad(loss, weight)
+            with torch.no_grad():
+                weight -= learning_rate * (1 - t / steps) * slope
         return weight.detach()
 
     control, qat = trained(nn.Identity()), trained(rounding)
     scored = {"start": start, "start_ptq": rounding(start), "control": control, "control_ptq": rounding(control)}
     scored["qat"] = rounding(qat)  # the weights that would be shipped, not the float ones behind them
-    return {name: F.cross_entropy(test[0] @ weight.T, test[1]).item() for name, weight in scored.items()}
+    return {name: F.mse_loss(held_out[0] @ weight.T, held_out[1]).item() for name, weight in scored.items()}
     ### END SOLUTION
 
 
@@ -434,86 +442,98 @@ _NAMES = ["start", "start_ptq", "control", "control_ptq", "qat"]
 _two_bits = partial(rounded, bits=2)
 
 
-def _compared(start, train, test, rounding, steps, learning_rate):
+def _compared(start, train, held_out, rounding, steps, learning_rate):
     given = start.clone()
-    answer = compare(given, train, test, rounding, steps, learning_rate)
+    answer = compare(given, train, held_out, rounding, steps, learning_rate)
     assert sorted(answer) == sorted(_NAMES), f"the five names are {_NAMES}; yours are {list(answer)}"
     assert torch.equal(given, start), "`start` has changed: train a clone of it, or the next contender begins where this one ended"
     return {name: float(loss) for name, loss in answer.items()}
 
 
 def _loss(weight, rows):
-    return F.cross_entropy(rows[0] @ weight.T, rows[1]).item()
+    return F.mse_loss(rows[0] @ weight.T, rows[1]).item()
 
 
-def _descended(weight, rows, steps, learning_rate):
-    """Gradient descent in float, by the closed form of the gradient: (softmax - one-hot)^T x / n."""
-    for _ in range(steps):
-        error = torch.softmax(rows[0] @ weight.T, 1) - F.one_hot(rows[1], len(weight))
-        weight = weight - learning_rate * error.T @ rows[0] / len(rows[0])
+def _descended(weight, rows, rates):
+    """Gradient descent in float, by the closed form of the gradient: 2 (x W^T - y)^T x / (rows * outputs)."""
+    for rate in rates:
+        weight = weight - rate * 2 * (rows[0] @ weight.T - rows[1]).T @ rows[0] / rows[1].numel()
     return weight
+
+
+def _falling(steps, rate):
+    return [rate * (1 - t / steps) for t in range(steps)]
 
 
 def _same(a, b):
     return abs(a - b) <= 1e-4 * max(abs(a), abs(b))
 
 
-_start, _train, _test = small_task(torch.Generator().manual_seed(0))
-_none = _compared(_start, _train, _test, _two_bits, 0, 0.5)
-assert not _same(_none["start"], _loss(_start, _train)), "you score on the training rows: score every contender on the test rows"
-assert _same(_none["start"], _loss(_start, _test)), f"the start's test loss is {_loss(_start, _test):.4f}; yours is {_none['start']:.4f}"
-assert _same(_none["start_ptq"], _loss(_two_bits(_start), _test)), "`start_ptq` is the start with `rounding` applied, on the test rows"
+_start, _train, _validation, _test = small_task(torch.Generator().manual_seed(0))
+_none = _compared(_start, _train, _test, _two_bits, 0, 0.05)
+assert not _same(_none["start"], _loss(_start, _train)), "you score on the training rows: score every contender on the held-out rows"
+assert _same(_none["start"], _loss(_start, _test)), f"the start's error on the held-out rows is {_loss(_start, _test):.4f}; yours is {_none['start']:.4f}"
+assert _same(_none["start_ptq"], _loss(_two_bits(_start), _test)), "`start_ptq` is the start with `rounding` applied, on the held-out rows"
 assert _same(_none["qat"], _none["start_ptq"]), "after no step at all QAT must be the rounded start: score QAT's weights rounded, as they would be shipped"
 assert _same(_none["control"], _none["start"]), "after no step at all the control must be the start"
-_few = _compared(_start, _train, _test, _two_bits, 3, 0.5)
-assert not _same(_few["control"], _few["start"]), "the control has not moved: it takes the same extra steps as QAT, in float"
-_want = _loss(_descended(_start, _train, 3, 0.5), _test)
-assert _same(_few["control"], _want), (
-    f"after 3 steps of plain gradient descent on the train rows the control's test loss is {_want:.4f}; yours is {_few['control']:.4f}: "
-    "are the gradients set to zero before each step, and is it plain SGD on the train rows?"
+_one = _compared(_start, _train, _test, _two_bits, 1, 0.05)
+assert not _same(_one["control"], _one["start"]), (
+    "the control has not moved after 1 step: it takes the same extra steps as QAT, in float, and the first step (t = 0) takes the whole learning rate"
 )
-_ramp = _compared(_start, _train, _test, nn.Identity(), 3, 0.5)
+_want = _loss(_descended(_start, _train, [0.05]), _test)
+assert _same(_one["control"], _want), f"after 1 step of gradient descent on the train rows the control's error is {_want:.4f}; yours is {_one['control']:.4f}: is it plain gradient descent on the mean squared error?"
+_few = _compared(_start, _train, _test, _two_bits, 4, 0.05)
+assert not _same(_few["control"], _loss(_descended(_start, _train, [0.05] * 4), _test)), "your learning rate stays the same: step t of n takes learning_rate * (1 - t / n)"
+_want = _loss(_descended(_start, _train, _falling(4, 0.05)), _test)
+assert _same(_few["control"], _want), (
+    f"1 step is right, but after 4 steps the control's error should be {_want:.4f}, and yours is {_few['control']:.4f}: "
+    "are the gradients set to zero before each step, and does step t of n take learning_rate * (1 - t / n)?"
+)
+_ramp = _compared(_start, _train, _test, nn.Identity(), 4, 0.05)
 assert _same(_ramp["control_ptq"], _ramp["control"]), (
     "with a `rounding` that does nothing, `control_ptq` must equal `control`: round the control after its extra steps, not the start"
 )
 assert _same(_ramp["qat"], _ramp["control"]), (
     "with a `rounding` that does nothing, `qat` must equal `control`: give both the same number of steps, and let both begin at `start`"
 )
-_wild = _compared(_start, _train, _test, _two_bits, 6, 40.0)
-assert _same(_wild["control"], _loss(_descended(_start, _train, 6, 40.0), _test)), (
-    "with a learning rate that is far too large, your control is not what its last step left: score after the last step; "
-    "to keep the best step by its test loss is to choose on the test rows"
+_wild = _compared(_start, _train, _test, _two_bits, 4, 5.0)
+assert _same(_wild["control"], _loss(_descended(_start, _train, _falling(4, 5.0)), _test)), (
+    "with a learning rate that is far too large, your control is not what its last step left: score after the last step. "
+    "To keep the step that is best on the held-out rows is to choose on the test rows"
 )
-_table = _compared(_start, _train, _test, _two_bits, 100, 0.5)
-assert not _same(_table["qat"], _table["control_ptq"]), "your `qat` is the control, rounded: QAT has the rounded weights in the forward pass of every step"
-print("\n".join(f"{name:12} test loss {loss:.3f}" for name, loss in _table.items()))
-assert _table["control"] < _table["qat"] < _table["control_ptq"] and _table["control"] < _table["start"], (
-    f"we expect control < qat < control_ptq, and control < start; yours are {_table}: does `qat` train with `rounding` in the forward pass?"
+_rates = (0.005, 0.02, 0.05, 0.1)
+_validated = {rate: _compared(_start, _train, _validation, _two_bits, 100, rate) for rate in _rates}
+assert not _same(_validated[0.02]["qat"], _validated[0.02]["control_ptq"]), "your `qat` is the control, rounded: QAT has rounded weights in the forward pass of every step"
+_best = {name: min(_rates, key=lambda rate, name=name: _validated[rate][name]) for name in _NAMES}
+_table = {name: _compared(_start, _train, _test, _two_bits, 100, _best[name])[name] for name in _NAMES}
+print("Two bits, 100 steps, each contender at its own best rate (by the validation rows)")
+print("\n".join(f"{name:12} test error {loss:6.3f}" for name, loss in _table.items()))
+assert _table["control"] < _table["start"] and _table["control"] < _table["qat"] < _table["control_ptq"], (
+    f"we expect control < start, and control < qat < control_ptq; yours are {_table}: does `qat` train with `rounding` in the forward pass?"
 )
 ### BEGIN HIDDEN TESTS
-def _on_the_stairs(start, rows, rounding, steps, learning_rate):
-    weight = start.clone()
-    for _ in range(steps):
+def _on_the_stairs(weight, rows, rounding, rates):
+    for rate in rates:
         point = weight.clone().requires_grad_()
-        slope = torch.autograd.grad(F.cross_entropy(rows[0] @ rounding(point).T, rows[1]), point)[0]
-        weight = weight - learning_rate * slope
+        slope = torch.autograd.grad(F.mse_loss(rows[0] @ rounding(point).T, rows[1]), point)[0]
+        weight = weight - rate * slope
     return rounding(weight)
 
 
 _generator = torch.Generator().manual_seed(int(os.environ.get("QFT_SEED", "2026")))
 for _bits in (2, 3, 4):
-    _features, _classes, _rows = (int(torch.randint(a, b, (), generator=_generator)) for a, b in [(4, 20), (2, 6), (60, 200)])
-    _task = small_task(_generator, _features, _classes, _rows)
-    _steps, _rate = int(torch.randint(2, 30, (), generator=_generator)), 0.1 + torch.rand((), generator=_generator).item()
-    _rounding = partial(rounded, bits=_bits)
-    _got = _compared(*_task, _rounding, _steps, _rate)
-    _control = _descended(_task[0], _task[1], _steps, _rate)
-    _weights = [_task[0], _rounding(_task[0]), _control, _rounding(_control), _on_the_stairs(*_task[:2], _rounding, _steps, _rate)]
+    _features, _outputs, _rows = (int(torch.randint(a, b, (), generator=_generator)) for a, b in [(4, 20), (2, 9), (60, 200)])
+    _begin, _train, _, _test = small_task(_generator, _features, _outputs, _rows)
+    _steps, _rate = int(torch.randint(2, 30, (), generator=_generator)), 0.01 + 0.05 * torch.rand((), generator=_generator).item()
+    _rounding, _falls = partial(rounded, bits=_bits), _falling(_steps, _rate)
+    _got = _compared(_begin, _train, _test, _rounding, _steps, _rate)
+    _control = _descended(_begin, _train, _falls)
+    _weights = [_begin, _rounding(_begin), _control, _rounding(_control), _on_the_stairs(_begin, _train, _rounding, _falls)]
     for _name, _weight in zip(_NAMES, _weights, strict=True):
-        _want = _loss(_weight, _task[2])
+        _want = _loss(_weight, _test)
         assert _same(_got[_name], _want), (
-            f"{_bits} bits, {_classes} classes, {_features} features, {_steps} steps at a rate of {_rate:.2f}: "
-            f"`{_name}` should have a test loss of {_want:.4f}; yours is {_got[_name]:.4f}"
+            f"{_bits} bits, {_outputs} outputs, {_features} features, {_steps} steps at a rate of {_rate:.3f}: "
+            f"`{_name}` should have an error of {_want:.4f}; yours is {_got[_name]:.4f}"
         )
 ### END HIDDEN TESTS
 

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,9 +65,12 @@ def _run(submission: Submission, settings: Settings, read: submissions.Read) -> 
         Path(folder).chmod(0o755)
         result = Path(folder) / "result.json"
         for refused in (read.refused, read.refused or "the run was stopped: it took too long, or its process died"):
-            job = {"work": f"{folder}/box", "seed": settings.seed, "boxed": settings.boxed, "notes": read.notes, "refused": refused,
-                   "cell_seconds": settings.cell_seconds, "total_seconds": settings.total_seconds, "result": str(result),
-                   "threads": 1 if settings.jobs > 1 else 2, "feedback": str(_feedback(submission, settings))}  # fmt: skip
+            job = {
+                "work": f"{folder}/box", "seed": settings.seed, "boxed": settings.boxed, "notes": read.notes,
+                "refused": refused, "cell_seconds": settings.cell_seconds, "total_seconds": settings.total_seconds,
+                "threads": 1 if settings.jobs > 1 else 2, "result": str(result),
+                "feedback": str(_feedback(submission, settings)),
+            }  # fmt: skip
             (Path(folder) / "job.json").write_text(json.dumps(job))
             command = [sys.executable, "-m", "tools.classroom.run", str(settings.course), submission.assignment]
             said = ""
@@ -141,12 +143,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{len(graded)} notebooks graded: {given.out / 'grades.csv'}, {given.out / 'summary.html'}")
     return 0
-
-
-def remove(course: Path, out: Path) -> None:
-    """What grading has made, for a new beginning."""
-    for folder in (course, out):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ from pathlib import Path
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Grades: summary</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff }}
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; color: #111; background: #fff }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ccc; text-align: left }}
 rect {{ fill: #1f5f9f }}</style></head>
 <body><h1>Grades: summary</h1>{body}</body></html>
 """
+
+TEXT = 'text-anchor="middle" font-size="12"'
 
 
 def write(graded: list[dict], strange: list[str], out: Path) -> None:
@@ -51,7 +54,7 @@ def table(graded: list[dict]) -> str:
 
 
 def summary(graded: list[dict], strange: list[str]) -> str:
-    """HTML: per notebook a histogram of totals without what waits for a person; then the hardest exercises, and notes."""
+    """HTML: by notebook a histogram of what was graded by machine, and the hardest exercises; then the notes."""
     parts = []
     for assignment in sorted({record["assignment"] for record in graded}):
         records = [record for record in graded if record["assignment"] == assignment]
@@ -75,8 +78,8 @@ def _histogram(records: list[dict]) -> str:
     tallest = max(counts)
     bars = "".join(
         f'<rect x="{60 * i + 4}" y="{120 - 100 * n / tallest:.0f}" width="52" height="{100 * n / tallest:.0f}"></rect>'
-        f'<text x="{60 * i + 30}" y="{114 - 100 * n / tallest:.0f}" text-anchor="middle" font-size="12">{n or ""}</text>'
-        f'<text x="{60 * i + 30}" y="136" text-anchor="middle" font-size="12">{10 * i}–{10 * i + 10} %</text>'
+        f'<text x="{60 * i + 30}" y="{114 - 100 * n / tallest:.0f}" {TEXT}>{n or ""}</text>'
+        f'<text x="{60 * i + 30}" y="136" {TEXT}>{10 * i}–{10 * i + 10} %</text>'
         for i, n in enumerate(counts)
     )
     said = ", ".join(f"{n} from {10 * i} to {10 * i + 10} %" for i, n in enumerate(counts) if n)

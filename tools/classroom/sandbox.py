@@ -22,8 +22,8 @@ PACKAGE = "/opt/book/qft_utils"  # where the box shows the book's package
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts")
 MISSING = (
-    "{why}. Student code runs only inside it: install Debian's package `bubblewrap` (sudo apt-get install bubblewrap), or,"
-    " for answers that you trust as much as your own code, say --no-sandbox (make grade SANDBOX=no)."
+    "{why}. Student code runs only inside it: install Debian's package `bubblewrap` (sudo apt-get install bubblewrap),"
+    " or, for answers that you trust as much as your own code, say --no-sandbox (make grade SANDBOX=no)."
 )
 
 
@@ -67,8 +67,10 @@ class Box:
         return [*mounts, "--proc", "/proc", "--dev", "/dev"]
 
     def _variables(self) -> list[str]:
-        usual = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MPLBACKEND": "agg",
-                 "PYTHONPATH": str(Path(PACKAGE).parent), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+        usual = {
+            "PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MPLBACKEND": "agg",
+            "PYTHONPATH": str(Path(PACKAGE).parent), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
         given = [part for name, value in (usual | dict(self.environment)).items() for part in ("--setenv", name, value)]
         return ["--clearenv", *given]
 

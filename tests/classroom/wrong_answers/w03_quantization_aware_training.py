@@ -4,20 +4,21 @@ from tests.classroom.gate import Wrong
 
 # Exercise 5 in full; each wrong answer changes one place.
 COMPARE = """
-def compare(start, train, test, rounding, steps, learning_rate):
+def compare(start, train, held_out, rounding, steps, learning_rate):
     def trained(forward):
         weight = start.clone().requires_grad_()
         optimizer = torch.optim.SGD([weight], lr=learning_rate)
-        for _ in range(steps):
+        for t in range(steps):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - t / steps)
             optimizer.zero_grad()
-            F.cross_entropy(train[0] @ forward(weight).T, train[1]).backward()
+            F.mse_loss(train[0] @ forward(weight).T, train[1]).backward()
             optimizer.step()
         return weight.detach()
 
     control, qat = trained(nn.Identity()), trained(rounding)
     scored = {"start": start, "start_ptq": rounding(start), "control": control, "control_ptq": rounding(control)}
     scored["qat"] = rounding(qat)
-    return {name: F.cross_entropy(test[0] @ weight.T, test[1]).item() for name, weight in scored.items()}
+    return {name: F.mse_loss(held_out[0] @ weight.T, held_out[1]).item() for name, weight in scored.items()}
 """
 
 
@@ -342,7 +343,9 @@ def learned_step(weight, step, qmin, qmax):
     Wrong(
         "e5_compare",
         "trains the start itself",
-        compare_with("start.clone().requires_grad_()", "start.requires_grad_()").replace("return {", "start.detach_()\n    return {"),
+        compare_with("start.clone().requires_grad_()", "start.requires_grad_()").replace(
+            "return {", "start.detach_()\n    return {"
+        ),
         "`start` has changed",
     ),
     Wrong(
@@ -354,7 +357,7 @@ def learned_step(weight, step, qmin, qmax):
     Wrong(
         "e5_compare",
         "scores on the training rows",
-        compare_with("F.cross_entropy(test[0] @ weight.T, test[1])", "F.cross_entropy(train[0] @ weight.T, train[1])"),
+        compare_with("held_out[0] @ weight.T, held_out[1]", "train[0] @ weight.T, train[1]"),
         "you score on the training rows",
     ),
     Wrong(
@@ -362,6 +365,18 @@ def learned_step(weight, step, qmin, qmax):
         "does not set the gradients to zero",
         compare_with("            optimizer.zero_grad()\n", ""),
         "set to zero before each step",
+    ),
+    Wrong(
+        "e5_compare",
+        "keeps the learning rate as it is",
+        compare_with(" * (1 - t / steps)", ""),
+        "your learning rate stays the same",
+    ),
+    Wrong(
+        "e5_compare",
+        "is one step ahead in the learning rate",
+        compare_with("1 - t / steps", "1 - (t + 1) / steps"),
+        "the first step (t = 0) takes the whole learning rate",
     ),
     Wrong(
         "e5_compare",
@@ -375,7 +390,8 @@ def learned_step(weight, step, qmin, qmax):
         compare_with(
             "            optimizer.step()\n",
             "            optimizer.step()\n"
-            "            kept.append((F.cross_entropy(test[0] @ forward(weight).T, test[1]).item(), weight.detach().clone()))\n",
+            "            error = F.mse_loss(held_out[0] @ forward(weight).T, held_out[1]).item()\n"
+            "            kept.append((error, weight.detach().clone()))\n",
         )
         .replace("        optimizer = ", "        kept = [(math.inf, start)]\n        optimizer = ")
         .replace("return weight.detach()", "return min(kept, key=lambda pair: pair[0])[1]"),
