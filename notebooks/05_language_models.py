@@ -76,7 +76,19 @@ from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_, to_n
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
-from qft_utils import assets, data, finetune_lm, gguf_files, language, measure, models, prompts, sentiment, storage, sweeps
+from qft_utils import (
+    assets,
+    data,
+    finetune_lm,
+    gguf_files,
+    language,
+    measure,
+    models,
+    prompts,
+    sentiment,
+    storage,
+    sweeps,
+)
 from qft_utils.packed import Int4Linear
 
 # %%
@@ -279,7 +291,10 @@ faster = measure.speed_ratio(times["dense"], times["packed_q4"])
 results.metric("speed/packed_q4", unit="ratio", **faster.as_dict(), tolerance=0.3 * faster.value)
 
 # %% tags=["hide-input"]
-show = lambda quantity, name: results.text(f"{{{quantity}/{name}}}")
+def show(quantity, name):
+    return results.text(f"{{{quantity}/{name}}}")
+
+
 pd.DataFrame(
     {name: {"weights in memory": show("memory_mb", name), "perplexity": results.text(f"{{perplexity/{name}:ci}}"), "generation": show("tokens_per_second", name)}
      for name in contenders}
@@ -291,11 +306,11 @@ pd.DataFrame(
 
 # %% mystnb={"image": {"alt": "Tokens per second of SmolLM2 on two cores, eager and compiled: float32, bf16, packed four bits and two kinds of NF4. The sentence below has the ratios."}}
 bench = json.loads((storage.ROOT / "results" / "bench_generation.json").read_text())
-rows = {name: row for name, row in bench["contenders"].items()}
-rate_of = lambda name: bench["tokens"] * 1000 / rows[name]["median_ms"]
-order = sorted(rows, key=rate_of)
+rows = bench["contenders"]
+rate_of = {name: bench["tokens"] * 1000 / row["median_ms"] for name, row in rows.items()}
+order = sorted(rows, key=rate_of.get)
 figure, axes = plt.subplots(figsize=(8, 2.8))
-axes.barh(order, [rate_of(name) for name in order], color=["C1" if "compiled" in name else "C0" for name in order])
+axes.barh(order, [rate_of[name] for name in order], color=["C1" if "compiled" in name else "C0" for name in order])
 axes.set(xlabel="tokens per second", title="Four bits pay, and a compiler pays on top")
 plt.show()
 
@@ -670,7 +685,10 @@ in_four = merged(tuned, copy.deepcopy(packed), packed_q4)
 judge("qlora_merged_q4", in_four, 0.03)
 
 # %% tags=["hide-input"]
-mean = lambda losses: sum(losses.nats) / sum(losses.tokens)
+def mean(losses):
+    return sum(losses.nats) / sum(losses.tokens)
+
+
 kept = (mean(losses["packed_q4"]) - mean(losses["qlora_merged_q4"])) / (mean(losses["packed_q4"]) - mean(losses["qlora"]))
 start_nats = mean(pooled("untrained"))
 left = {method: sweeps.over_seeds([(start_nats - run["rounded"]["loss"]) / (start_nats - run["loss"]) for run in stored(part="main", method=method)]) for method in ("qlora", "full")}
@@ -683,7 +701,7 @@ MERGE_CLAIM
 
 # %%
 sizes = []
-for name, module in tuned.base_model.model.named_modules():
+for module in tuned.base_model.model.modules():
     if hasattr(module, "lora_A"):
         steps = module.base_layer.scale.float().repeat_interleave(32, 1)
         sizes.append((module.get_delta_weight("default").detach().abs() / steps.clamp(min=1e-8)).flatten()[::50])
