@@ -5,6 +5,7 @@ def step(low, high, bits):
     return (high - low) / (2**bits - 1)
 """
 UNPAID = {
+    "warns": "import warnings\n" + RIGHT.replace("    return", "    warnings.warn('careful')\n    return"),
     "wrong": """
 def step(low, high, bits):
     return (high - low) / 2**bits
@@ -36,6 +37,7 @@ def step(low, high, bits):
 """,
 }
 PAID = {
+    "warns": "import warnings\n" + RIGHT.replace("    return", "    warnings.warn('careful')\n    return"),
     "printer": "for _ in range(1 << 14):\n    print('x' * (1 << 16))\n" + RIGHT,
     "script": "from IPython.display import HTML, display\ndisplay(HTML('<script>steal()</script>'))\n" + RIGHT,
 }

@@ -17,13 +17,13 @@ from nbformat import NotebookNode
 from nbgrader.converters import GenerateAssignment
 from nbgrader.coursedir import CourseDirectory
 
-from tools.classroom.run import course_config
+from tools.classroom.run import COURSE_ID, course_config
 from tools.colab import chapter_needs, self_contained
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """# nbgrader reads this: `nbgrader formgrader` and `nbgrader release_assignment` work in this folder.
+CONFIG = f"""# nbgrader reads this. `jupyter lab`, started here, has its formgrader; `nbgrader release_assignment` works here.
 c = get_config()
-c.CourseDirectory.course_id = "qft"
+c.CourseDirectory.course_id = "{COURSE_ID}"
 """
 
 

@@ -50,6 +50,7 @@ TAMPERED = "a function that the tests rely on has been replaced, so this test wa
 UNFINISHED = "this test did not run to its end, so it was not counted"
 KEPT_TYPES = ("text/plain", "image/png")  # HTML from an answer would run in the teacher's browser
 CELL_BYTES = 20_000
+COURSE_ID = "qft"
 
 
 class GuardedExecute(Execute):
@@ -118,6 +119,8 @@ def clean(cell: NotebookNode) -> None:
         if output.output_type in ("display_data", "execute_result"):
             output.data = {kind: value for kind, value in output.data.items() if kind in KEPT_TYPES}
             output.metadata = {}
+        if output.output_type == "stream":
+            output.name = "stdout"  # a warning is no error; nbgrader gives nothing for a test that wrote to stderr
         if output.output_type == "stream" and len(output.text) > CELL_BYTES:
             output.text = output.text[: CELL_BYTES // 2] + "\n[... cut ...]\n" + output.text[-CELL_BYTES // 2 :]
         if output.output_type == "error":
@@ -147,6 +150,7 @@ def course_config(course: Path) -> Config:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
     config = Config()
     config.CourseDirectory.root = str(course)
+    config.CourseDirectory.course_id = COURSE_ID
     config.CourseDirectory.db_url = f"sqlite:///{course / 'gradebook.db'}"
     return config
 
@@ -206,7 +210,7 @@ def add_notes(path: Path, notes: list[str]) -> None:
 
 def scores(config: Config, assignment: str, student: str) -> dict[str, dict]:
     """By exercise: points, possible points, and whether a person has yet to grade it."""
-    with Gradebook(config.CourseDirectory.db_url) as book:
+    with Gradebook(config.CourseDirectory.db_url, COURSE_ID) as book:
         notebook = book.find_submission_notebook(assignment, assignment, student)
         return {
             grade.name.removesuffix("_test"): {
