@@ -578,7 +578,24 @@ COMPARED = {"full_against_qlora": full_against_qlora, "full_rounded_against_full
             "qat_q4_1_against_full_rounded": qat_against_full, "qat_q4_1_against_qlora_rounded": qat_against_qlora, "qlora_against_qat_q4_1": beside}  # fmt: skip
 for name, value in COMPARED.items():
     results.metric(f"perplexity_ratio/{name}", unit="ratio", **value.as_dict(), source=source)
-MAIN_CLAIMS
+results.claim(
+    "QLoRA ends at {perplexity/qlora_of_seeds:ci}, full fine-tuning in float at {perplexity/full_fine_tuned:ci}, which is {perplexity_ratio/full_against_qlora:ci} of it. "
+    "LoRA on the float copy, one seed, ends at {perplexity/lora_float:ci}.",
+    full_against_qlora.low > 1,
+)
+
+# %% tags=["hide-input"]
+results.claim(
+    "Rounded to Q4_1, full fine-tuning ends at {perplexity/full_fine_tuned_rounded:ci}, merged QLoRA at {perplexity/qlora_of_seeds_rounded:ci}, and what was trained through the rounding at "
+    "{perplexity/qat_q4_1_rounded:ci}: {perplexity_ratio/qat_q4_1_against_full_rounded:ci} and {perplexity_ratio/qat_q4_1_against_qlora_rounded:ci} of the other two.",
+    qat_against_full.high < 1 and qat_against_qlora.high < 1,
+)
+
+# %% tags=["hide-input"]
+results.claim(
+    "But no four-bit file reaches the adapter that stays beside its integers: QLoRA has {perplexity_ratio/qlora_against_qat_q4_1:ci} of the best file's perplexity.",
+    beside.high < 1,
+)
 
 # %% [markdown]
 # What do they cost? Time and memory, measured for full fine-tuning in a few steps of its own. In float32, full fine-tuning holds for each weight the weight, its gradient and AdamW's two moments; QLoRA
@@ -694,7 +711,11 @@ start_nats = mean(pooled("untrained"))
 left = {method: sweeps.over_seeds([(start_nats - run["rounded"]["loss"]) / (start_nats - run["loss"]) for run in stored(part="main", method=method)]) for method in ("qlora", "full")}
 for method, value in left.items():
     results.metric(f"fraction/kept_{method}", unit="fraction", **value.as_dict(), source=source)
-MERGE_CLAIM
+results.claim(
+    "Of the nats that this run gained, {kept:.0%} are left after merging and rounding; over the seeds {fraction/kept_qlora:ci}. Of what full fine-tuning gained, {fraction/kept_full:ci}.",
+    left["qlora"].high < 0.5 and left["full"].high < 0.5,
+    kept=kept,
+)
 
 # %% [markdown]
 # Where did it go? Compare the push that each weight got with the distance between two drawers.
@@ -776,7 +797,32 @@ pd.DataFrame(
 # Intervals of a single model are over the test sentences, those of three seeds over seeds. The adapter of the tuned model comes on top of its row's memory and time, and was not measured there.
 
 # %% tags=["hide-input"]
-SENTIMENT_CLAIM
+says_fresh = {name: np.mean([run["says_fresh"] for run in stored(part="sentiment", model=name)]) for name in ("zero_shot", "few_shot")}
+results.claim(
+    "Asked without training, the model is right on {accuracy/sentiment_zero_shot:ci}, and says *fresh* {zero:.0%} of the time. With four solved examples in the prompt it is right on "
+    "{accuracy/sentiment_few_shot:ci}, over three draws of examples, and says *fresh* {few:.0%} of the time: they push it towards one answer.",
+    results.recorded("accuracy/sentiment_few_shot").high < results.recorded("accuracy/sentiment_zero_shot").low,
+    zero=says_fresh["zero_shot"],
+    few=says_fresh["few_shot"],
+)
+
+# %% tags=["hide-input"]
+results.claim(
+    "Tuned on 300 sentences, each seen once, it is right on {accuracy/sentiment_tuned:ci}. The encoder on the same sentences, each seen once: {accuracy/sentiment_encoder_one_pass:ci}; "
+    "ten times: {accuracy/sentiment_encoder_ten_passes:ci}. With all the sentences of chapter 1 the encoder has {accuracy/sentiment_encoder_chapter_1:ci}.",
+    results.recorded("accuracy/sentiment_tuned").low > results.recorded("accuracy/sentiment_encoder_one_pass").high,
+)
+
+# %% tags=["hide-input"]
+slower = measure.speed_ratio(clock["packed_lm"], clock["encoder"])
+results.metric("ratio/language_model_time_to_encoder", unit="ratio", **slower.as_dict(), tolerance=0.5 * slower.value)
+results.claim(
+    "A sentence takes the language model {ratio/language_model_time_to_encoder:ci} as long as the encoder.",
+    slower.low > 1,
+)
+
+# %% [markdown]
+# So: with few labels, the language model; with many, the encoder, which is smaller than it looks beside a packed model and much faster. Zero-shot is a way to begin, not to end.
 
 # %% [markdown]
 # ### Question answering and translation
@@ -797,7 +843,11 @@ SENTIMENT_CLAIM
 #
 # ## The puzzle, resolved
 #
-RESOLUTION
+# The slips stay. Folded back into the drawers, most of what they said is lost, for it was finer than the distance from one drawer to the next.
+# The brain that was lifted out of its drawers, taught in the open and pressed flat again fared worse: hardly a story was left. Only the one that was taught
+# *through* the drawers, flat from the first step, kept what it had learned, and even that one tells worse stories than a flat brain with slips. So read, write slips, and
+# carry the paper along; it weighs little. Where the house allows no paper, train through the rounding. And whatever you bring home, listen to it
+# once more before you praise the road.
 
 # %% [markdown]
 # ## What was measured, and what the book claims

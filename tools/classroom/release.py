@@ -21,7 +21,7 @@ from tools.classroom.run import COURSE_ID, course_config
 from tools.colab import chapter_needs, self_contained
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = f"""# nbgrader reads this. `jupyter lab`, started here, has its formgrader; `nbgrader release_assignment` works here.
+CONFIG = f"""# nbgrader reads this. `jupyter lab`, started here, has its formgrader.
 c = get_config()
 c.CourseDirectory.course_id = "{COURSE_ID}"
 """
