@@ -69,7 +69,7 @@ help: ## this list
 	@sed -n 's/^#   /  /p' Makefile
 
 # In this order: rations reads what schedules has stored, and seeds what both have.
-SWEEPS = transfer bits schedules rations seeds lm
+SWEEPS = transfer bits schedules rations seeds lm beginnings
 TEXT = $(wildcard README.md CONTRIBUTING.md book notebooks qft_utils tools tests experiments)
 
 assets: setup

