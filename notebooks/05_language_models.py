@@ -674,7 +674,15 @@ results.claim(
 )
 
 # %% tags=["hide-input"]
-HEART_CLAIM
+results.claim(
+    "At its own best rate PiSSA ends {pissa:+.1%} from a beginning at zero, LoftQ {loftq:+.1%} from the same NF4 model begun at zero: neither is better by more than {fraction/seed_noise}. "
+    "And all that starts from NF4 stays behind the file's own integers, which are a first rounding: {nf4:.1f} against {zero:.1f}.",
+    min(change["PiSSA, its own rate"], change["loftq"]) >= -noise and chosen("nf4")["value"] > (1 + noise) * chosen("lora_float")["value"],
+    pissa=change["PiSSA, its own rate"],
+    loftq=change["loftq"],
+    nf4=chosen("nf4")["value"],
+    zero=chosen("lora_float")["value"],
+)
 
 # %% [markdown]
 # ## The Lion's courage: optimizers, warm-up, schedules, decay
