@@ -130,7 +130,7 @@ codes = torch.cat([block[4:] & 15, block[4:] >> 4])
 by_hand = scale * codes + minimum
 theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type))[0, :32]
 results.claim(
-    "By hand and by the `gguf` package the first group of `{name}` differs by {off:.0e}.",
+    "By hand and by the `gguf` package the first group of `{name}` differs by {off:g}.",
     torch.allclose(by_hand, theirs, atol=1e-7),
     name=tensor.name,
     off=(by_hand - theirs).abs().max().item(),
@@ -226,7 +226,7 @@ with torch.inference_mode():
     nats = F.kl_div(packed(ids).logits.float().log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean().item()
 del exact
 results.claim(
-    "In float32 the logits differ by {same:.0e} at most. In bf16 with the kernel, the mean KL divergence to float32 is {nats:.4f} nats.",
+    "In float32 the logits differ by {same:g} at most. In bf16 with the kernel, the mean KL divergence to float32 is {nats:.4f} nats.",
     same < 1e-3 and nats < 0.01,
     same=same,
     nats=nats,
@@ -283,7 +283,7 @@ def generate(model, tokens=32):
 
 
 # %% tags=["long"]
-times = measure.latency({name: (lambda m=m: generate(m)) for name, m in contenders.items()}, rounds=7, warmup=1)
+times = measure.latency({name: (lambda m=m: generate(m)) for name, m in contenders.items()}, rounds=6, warmup=1)
 for name, timed in times.items():
     rate = 32e3 / timed.median
     results.metric(f"tokens_per_second/{name}", rate, "tokens/s", tolerance=0.3 * rate)
@@ -392,7 +392,7 @@ errors
 # %% tags=["hide-input"]
 fails = [name for name in errors.index if errors.loc[name].max() > 1e-3]
 results.claim(
-    "Of four backends on a CPU, {lost} loses the gradient once it has been evaluated: an error of {error:.0%}, which is all of it. The others are right to {right:.0e}.",
+    "Of four backends on a CPU, {lost} loses the gradient once it has been evaluated: an error of {error:.0%}, which is all of it. The others are right to {right:g}.",
     fails == ["bitsandbytes_nf4"],
     lost=" and ".join(fails),
     error=errors["after an evaluation"].max(),
@@ -616,11 +616,11 @@ for name, size in states.items():
 results.claim(
     "Full fine-tuning trains {tokens_per_second/full_training} and holds {memory_mb/training_full} of weights, gradients and moments; QLoRA {tokens_per_second/qlora_training} and {memory_mb/training_qlora}. "
     "Activations come on top, for both.",
-    states["qlora"] < states["full"] / 5,
+    states["qlora"] < states["full"] / 5 and seen / seconds > speed,
 )
 
 # %% [markdown]
-# QLoRA saves memory, not time: every product still has the size of the whole model, forwards and backwards.
+# A frozen weight needs no gradient, no moments and no optimizer step. What stays is the product with the whole weight, forwards, and backwards to the inputs.
 #
 # ## The Tin Woodman's heart: where adapters begin
 #
@@ -726,7 +726,7 @@ def merged(model, into, layer_of):
 
 # %% tags=["long"]
 in_float = merged(tuned, copy.deepcopy(dense), linear)
-some = held_out[:20]
+some = held_out[:8]
 off = language.perplexity_ratio(language.document_losses(tuned, some), language.document_losses(in_float, some))
 results.claim(
     "Merged in float, the model has {ratio:.1%} of the perplexity that it has with its adapter beside it, on {n} documents: the difference is the bf16 kernel's.",
@@ -807,8 +807,8 @@ labels = torch.tensor(judges.label.tolist())
 asked, answers = prompts.prompts(judges.text.tolist(), tokenizer), prompts.answers(tokenizer)
 said = language.label_losses(packed, asked, answers).argmin(1)
 results.metric("accuracy/sentiment_zero_shot", unit="fraction", **measure.accuracy(said, labels).as_dict(), tolerance=0.05)
-encoder, words = assets.trained("sentiment"), models.load_encoder("all-MiniLM-L6-v2", num_labels=2)[1]
-theirs = sentiment.predict(encoder.to(device), sentiment.ReviewDataset(judges, words), words).cpu()
+encoder, words = assets.trained("sentiment").model.to(device), models.load_encoder("all-MiniLM-L6-v2", num_labels=2)[1]
+theirs = sentiment.predict(encoder, sentiment.ReviewDataset(judges, words), words).cpu()
 results.metric("accuracy/sentiment_encoder_chapter_1", unit="fraction", **measure.accuracy(theirs, labels).as_dict(), tolerance=0.05)
 
 # %% tags=["hide-input"]
