@@ -95,6 +95,7 @@ from qft_utils.packed import Int4Linear
 plt.style.use("tableau-colorblind10")
 plt.rcParams.update({"figure.dpi": 78, "axes.spines.top": False, "axes.spines.right": False})
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers by its old name
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% [markdown]
@@ -152,7 +153,7 @@ packed, dense, half = packed.to(device), dense.to(device), half.to(device)
 # %% [markdown]
 # Four bits come in other shapes. **NF4**, QLoRA's own {cite}`dettmers2023qlora`, has sixteen levels that lie where a normal distribution has its weights;
 # here are the implementations of bitsandbytes and of torchao, and torchao's int4. Note what we do to our model when we use one: its float weights came out of Q4_1, so
-# each of these is a *second* quantization, and it shows.
+# each of these is a *second* quantization, and it shows. (bitsandbytes has said above that it would fetch a faster kernel from a hub; here it runs without.)
 
 
 # %%
