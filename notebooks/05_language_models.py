@@ -861,7 +861,7 @@ results.claim(
 )
 
 # %% [markdown]
-# So: with few labels, the language model; with many, the encoder, which is smaller than it looks beside a packed model and much faster. Zero-shot is a way to begin, not to end.
+# So, with few labels and each seen once, the language model; with many, or where time counts, the encoder, which is smaller and much faster. Zero-shot is a way to begin, not to end.
 
 # %% [markdown]
 # ### Question answering and translation
