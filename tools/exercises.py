@@ -23,6 +23,7 @@ from tools import pairs
 from tools.layout import ROOT, BuildError
 
 MARKERS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION\n?", re.MULTILINE)
+SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION.*?### END SOLUTION\n?", re.DOTALL | re.MULTILINE)
 HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS\n?", re.DOTALL | re.MULTILINE)
 
 
@@ -58,13 +59,22 @@ def execute(source: Path) -> NotebookNode:
 def page(notebook: NotebookNode) -> NotebookNode:
     """A copy as the site shows it."""
     shown = nbformat.from_dict(notebook)
-    for cell in shown.cells:
+    cells, shown.cells = shown.cells, []
+    for cell in cells:
         meta = cell.metadata.pop("nbgrader", {})
         if meta.get("solution"):
+            shown.cells += [_task(cell)] if cell.cell_type == "code" else []
             _fold(cell)
         elif meta.get("grade"):
             cell.source = HIDDEN.sub("", cell.source).rstrip()
+        shown.cells.append(cell)
     return shown
+
+
+def _task(cell: NotebookNode) -> NotebookNode:
+    """What students are handed: the answer's frame, to read."""
+    frame = SOLUTION.sub(r"\1...  # your answer\n", cell.source).strip()
+    return nbformat.v4.new_markdown_cell(f"```python\n{frame}\n```", id=f"{cell.id}-task"[-64:])
 
 
 def _fold(cell: NotebookNode) -> None:

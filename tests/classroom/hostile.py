@@ -5,7 +5,6 @@ def step(low, high, bits):
     return (high - low) / (2**bits - 1)
 """
 UNPAID = {
-    "warns": "import warnings\n" + RIGHT.replace("    return", "    warnings.warn('careful')\n    return"),
     "wrong": """
 def step(low, high, bits):
     return (high - low) / 2**bits
@@ -36,9 +35,17 @@ def step(low, high, bits):
         pass
 """,
 }
+# Stopped in the middle or just at its end: paid or not, it is said, and its output cut.
+FLOODS = {
+    "printer": """
+for _ in range(1 << 14):
+    print("x" * (1 << 16))
+def step(low, high, bits):
+    return (high - low) / (2**bits - 1)
+""",
+}
 PAID = {
     "warns": "import warnings\n" + RIGHT.replace("    return", "    warnings.warn('careful')\n    return"),
-    "printer": "for _ in range(1 << 14):\n    print('x' * (1 << 16))\n" + RIGHT,
     "script": "from IPython.display import HTML, display\ndisplay(HTML('<script>steal()</script>'))\n" + RIGHT,
 }
 # Without walls these would do what they say. But for the first, they are right only where the walls have held.

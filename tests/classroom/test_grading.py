@@ -16,6 +16,7 @@ from tests.classroom import hostile
 from tests.classroom.gate import ROOT, SOLUTION, Session, exercise_files
 from tests.classroom.hostile import RIGHT
 from tools.classroom import grade, release, sandbox, submissions
+from tools.exercises import HIDDEN
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,9 @@ def school(tmp_path_factory) -> Class:
 def graded(school) -> dict[str, dict]:
     """All of them in one run, as a teacher would have them: it must come to its end."""
     put, notebook, of = school.put, school.notebook, school.cell
-    put("right", notebook(RIGHT))
+    right = notebook(RIGHT)
+    of(right, "e2_ship").source = "The second, since it is smaller."
+    put("right", right)
     put("empty", notebook())
     put("Zoë Ångström", notebook(RIGHT))
     edited = notebook(hostile.UNPAID["wrong"])
@@ -149,7 +152,7 @@ def graded(school) -> dict[str, dict]:
     put("huge", json.dumps({"cells": [], "padding": "x" * (50 << 20)}))
     course, own = school.folder / "course", [str(school.folder / "escaped"), str(ROOT / "escaped"), "/etc/escaped"]
     paths = {"writes": own, "reads": [str(course / "gradebook.db"), str(school.exercises), str(school.returned)]}
-    for student, answer in (hostile.UNPAID | hostile.PAID | (hostile.BOXED if BOXED else {})).items():
+    for student, answer in (hostile.UNPAID | hostile.PAID | hostile.FLOODS | (hostile.BOXED if BOXED else {})).items():
         put(student, notebook(answer.replace("PATHS", repr(paths.get(student)))))
     return school.grade()
 
@@ -175,6 +178,7 @@ def test_none_of_these_is_paid(graded, student):
 
 SAID = {
     "not_json": "no notebook", "empty_file": "no notebook", "huge": "20 are allowed", "loop": "out of time",
+    "printer": "printed too much",
     "checker": "has been replaced", "doubled": "2 cells of this name", "wrong_kernel": "run as Python",
 }  # fmt: skip
 
@@ -239,7 +243,7 @@ def test_the_layout_of_learning_platforms(school, tmp_path):
     nbformat.write(school.notebook(RIGHT), tmp_path / "01_tiny__...ipynb")
     (tmp_path / "notes.ipynb").write_text("{}")
     found, strange = submissions.find(tmp_path, ["01_tiny"])
-    assert {submission.student for submission in found} == {"anna b", "."}
+    assert {submission.student for submission in found} == {"anna b", ".."}
     assert all("/" not in s.key and "." not in s.key and s.key for s in found)
     assert len(strange) == 1
 
@@ -301,12 +305,10 @@ def test_no_solution_leaks_into_the_hand_out(real):
     for path in exercise_files():
         handed = (real / "release" / f"{path.stem}.ipynb").read_text()
         text = path.read_text()
-        hidden = [part for part in text.split("### BEGIN HIDDEN TESTS")[1:]]
-        lines = [line for part in SOLUTION.findall(text) for line in part.splitlines()[1:-1]]
-        lines += [line for part in hidden for line in part.split("### END HIDDEN TESTS")[0].splitlines()]
-        visible = SOLUTION.sub("", text)
-        for line in (line.strip().removeprefix("# ") for line in lines):
-            if len(line) > 25 and line not in visible.split("### BEGIN HIDDEN TESTS")[0]:
+        secret = SOLUTION.findall(text) + HIDDEN.findall(text)
+        visible = HIDDEN.sub("", SOLUTION.sub("", text))
+        for line in (line.strip().removeprefix("# ") for part in secret for line in part.splitlines()[1:-1]):
+            if len(line) > 25 and line not in visible:
                 assert json.dumps(line)[1:-1] not in handed, (path.name, line)
 
 

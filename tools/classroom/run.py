@@ -8,6 +8,7 @@ answered wrongly, or whose mark is missing, scores nothing, whatever it printed:
 answers, so tampering is made visible, not impossible.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -49,7 +50,9 @@ if _answers != [2, False, True, 2, 2, 1, 3, False, 2.0, 1, False, False, False, 
 TAMPERED = "a function that the tests rely on has been replaced, so this test was not counted"
 UNFINISHED = "this test did not run to its end, so it was not counted"
 KEPT_TYPES = ("text/plain", "image/png")  # HTML from an answer would run in the teacher's browser
+FLOODED = "this cell printed too much, and was stopped"
 CELL_BYTES = 20_000
+FLOOD = 20_000_000  # bytes
 COURSE_ID = "qft"
 
 
@@ -69,7 +72,7 @@ class GuardedExecute(Execute):
             for cell in filter(is_test, nb.cells):
                 cell.outputs = [error_output("NotRun", self.refused)]
             return nb, resources
-        self.deadline, self.sizes = time.monotonic() + self.total_seconds, {}
+        self.deadline, self.sizes, self.flooded = time.monotonic() + self.total_seconds, {}, set()
         marks = {place: secrets.token_hex(16) for place, cell in enumerate(nb.cells) if is_test(cell)}
         sources = {place: nb.cells[place].source for place in marks}
         for place, mark in marks.items():
@@ -79,8 +82,10 @@ class GuardedExecute(Execute):
             super().preprocess(nb, resources, km)
         except (DeadKernelError, RuntimeError) as error:
             nb.metadata["qft_stopped"] = f"the kernel died: {error}"
-        for cell in nb.cells:
+        for place, cell in enumerate(nb.cells):
             clean(cell)
+            if place in self.flooded:
+                cell.outputs.append(error_output("TooMuchOutput", FLOODED))
         for place, mark in marks.items():
             nb.cells[place].source = sources[place]
             settle(nb.cells[place], mark)
@@ -94,10 +99,13 @@ class GuardedExecute(Execute):
         return await super().async_execute_cell(cell, cell_index, **given)
 
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
-        """Drops what a cell says after its share."""
+        """Drops what a cell says after its share, and stops a cell that floods."""
         if msg["msg_type"] in ("stream", "display_data", "execute_result", "error", "update_display_data"):
             said = self.sizes.get(cell_index, 0) + len(json.dumps(msg["content"], default=str))
             self.sizes[cell_index] = said
+            if said > FLOOD and cell_index not in self.flooded:
+                self.flooded.add(cell_index)
+                asyncio.ensure_future(self.km.interrupt_kernel())
             if said > 20 * CELL_BYTES and msg["msg_type"] != "error":
                 return None
         return super().process_message(msg, cell, cell_index)
@@ -193,6 +201,8 @@ def observed(path: Path) -> list[str]:
                 said.append(f"{name}: out of time")
             elif TAMPERED in error.evalue or UNFINISHED in error.evalue:
                 said.append(f"{name}: {TAMPERED if TAMPERED in error.evalue else UNFINISHED}")
+            elif error.ename == "TooMuchOutput":
+                said.append(f"{name}: {FLOODED}")
             elif error.ename == "MemoryError":
                 said.append(f"{name}: out of memory")
     return said

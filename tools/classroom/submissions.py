@@ -122,7 +122,8 @@ def _rebuilt(handed: NotebookNode, cells: list[NotebookNode], notes: list[str]) 
     extra: dict[str | None, list[NotebookNode]] = {}
     last = None
     for cell in cells:
-        name = cell.metadata.get("name") or _by_definition(cell, own, answers)
+        name = cell.metadata.get("name")
+        name = name if name in own else _by_definition(cell, own, answers)
         if name in answers:
             given.setdefault(name, []).append(cell.source)
         elif name not in own and cell.cell_type == "code" and "qft_unpack(" not in cell.source:
