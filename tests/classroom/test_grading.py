@@ -15,7 +15,7 @@ import pytest
 from tests.classroom import hostile
 from tests.classroom.gate import ROOT, SOLUTION, Session, exercise_files
 from tests.classroom.hostile import RIGHT
-from tools.classroom import grade, release, sandbox, submissions
+from tools.classroom import grade, release, report, sandbox, submissions
 from tools.exercises import HIDDEN
 
 pytestmark = pytest.mark.slow
@@ -226,7 +226,13 @@ def test_the_table_has_a_row_for_each_student(graded, school):
     assert {row["student"] for row in rows} == set(graded)
     right = next(row for row in rows if row["student"] == "right")
     assert (float(right["01/e1_step"]), float(right["total"]), right["possible"]) == (3, 3, "5.0")
-    assert right["to grade by hand"] == "e2_ship"
+    assert (right["to grade by hand"], right["notes"]) == ("e2_ship", "")
+
+
+def test_no_name_becomes_a_formula_in_a_sheet():
+    record = {"student": "=1+1", "assignment": "01_tiny", "scores": {}, "notes": ["@x"]}
+    (row,) = csv.DictReader(report.table([record]).splitlines())
+    assert (row["student"], row["notes"]) == ("'=1+1", "'@x")
 
 
 def test_what_has_been_graded_stays_and_what_has_changed_is_graded_again(graded, school):
