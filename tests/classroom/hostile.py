@@ -29,19 +29,16 @@ import os
 def step(low, high, bits):
     os._exit(0)
 """,
-    "loop": """
-def step(low, high, bits):
-    while True:
-        pass
-""",
-}
-# Stopped in the middle or just at its end: paid or not, it is said, and its output cut.
-FLOODS = {
     "printer": """
 for _ in range(1 << 14):
     print("x" * (1 << 16))
 def step(low, high, bits):
     return (high - low) / (2**bits - 1)
+""",
+    "loop": """
+def step(low, high, bits):
+    while True:
+        pass
 """,
 }
 PAID = {

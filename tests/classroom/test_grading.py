@@ -152,7 +152,7 @@ def graded(school) -> dict[str, dict]:
     put("huge", json.dumps({"cells": [], "padding": "x" * (50 << 20)}))
     course, own = school.folder / "course", [str(school.folder / "escaped"), str(ROOT / "escaped"), "/etc/escaped"]
     paths = {"writes": own, "reads": [str(course / "gradebook.db"), str(school.exercises), str(school.returned)]}
-    for student, answer in (hostile.UNPAID | hostile.PAID | hostile.FLOODS | (hostile.BOXED if BOXED else {})).items():
+    for student, answer in (hostile.UNPAID | hostile.PAID | (hostile.BOXED if BOXED else {})).items():
         put(student, notebook(answer.replace("PATHS", repr(paths.get(student)))))
     return school.grade()
 

@@ -48,7 +48,8 @@ def table(graded: list[dict]) -> str:
         possible = sum(s["possible"] for record in records.values() for s in record["scores"].values())
         by_hand = [name for record in records.values() for name, s in record["scores"].items() if s["by_hand"]]
         notes = "; ".join(note for record in records.values() for note in record["notes"])
-        safe = [f"'{value}" if value.startswith(("=", "+", "-", "@")) else value for value in (student, notes)]  # no formula in a sheet
+        formula = ("=", "+", "-", "@")  # what a spreadsheet would take for one
+        safe = [f"'{value}" if value.startswith(formula) else value for value in (student, notes)]
         writer.writerow([safe[0], *cells, *sums, sum(s for s in sums if s != ""), possible, " ".join(by_hand), safe[1]])
     return text.getvalue()
 

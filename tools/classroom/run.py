@@ -50,7 +50,7 @@ if _answers != [2, False, True, 2, 2, 1, 3, False, 2.0, 1, False, False, False, 
 TAMPERED = "a function that the tests rely on has been replaced, so this test was not counted"
 UNFINISHED = "this test did not run to its end, so it was not counted"
 KEPT_TYPES = ("text/plain", "image/png")  # HTML from an answer would run in the teacher's browser
-FLOODED = "this cell printed too much, and was stopped"
+FLOODED = "this cell printed too much, so the run was ended there"
 CELL_BYTES = 20_000
 FLOOD = 20_000_000  # bytes
 COURSE_ID = "qft"
@@ -99,13 +99,13 @@ class GuardedExecute(Execute):
         return await super().async_execute_cell(cell, cell_index, **given)
 
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
-        """Drops what a cell says after its share, and stops a cell that floods."""
+        """Drops what a cell says after its share, and ends a kernel that floods."""
         if msg["msg_type"] in ("stream", "display_data", "execute_result", "error", "update_display_data"):
             said = self.sizes.get(cell_index, 0) + len(json.dumps(msg["content"], default=str))
             self.sizes[cell_index] = said
             if said > FLOOD and cell_index not in self.flooded:
                 self.flooded.add(cell_index)
-                asyncio.ensure_future(self.km.interrupt_kernel())
+                asyncio.ensure_future(self.km.shutdown_kernel(now=True))  # an interrupt would wait its turn
             if said > 20 * CELL_BYTES and msg["msg_type"] != "error":
                 return None
         return super().process_message(msg, cell, cell_index)
