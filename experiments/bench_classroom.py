@@ -7,15 +7,19 @@ kernel, from its start to its end, as a student runs them.
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from qft_utils import storage
-from tools import exercises
-from tools.classroom import grade, release
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `tools` is not installed, and needs not be
+
+# isort: split
+from qft_utils import storage  # noqa: E402
+from tools import exercises  # noqa: E402
+from tools.classroom import grade, release  # noqa: E402
+
 NOTEBOOK, SUBMISSIONS, JOBS, OWN_RUNS = "03_quantization_aware_training", 30, 2, 5
 
 
